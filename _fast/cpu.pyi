@@ -1,0 +1,113 @@
+"""Native CPU backend; the contract of every op is `cpu/cpu.h`."""
+
+from collections.abc import Sequence
+from typing import final
+
+from typing_extensions import Buffer as ReadableBuffer
+
+EMBED: int
+RMS_NORM: int
+ADD_RMS_NORM: int
+LINEAR: int
+ROPE_KV: int
+ATTENTION: int
+SILU_MUL: int
+SELECT: int
+ALL_REDUCE: int
+ALL_GATHER: int
+TOKENS: int
+SAMPLES: int
+F32: int
+BF16: int
+F16: int
+
+def levels() -> list[str]: ...
+def source_bytes(src_dtype: str, count: int) -> int: ...
+def packed_bytes(n: int, k: int, dtype: str) -> int: ...
+def pack_linear(
+    team: Team,
+    src_dtype: str,
+    src: ReadableBuffer | int,
+    rows: int,
+    cols: int,
+    dst: ReadableBuffer | int,
+    dst_dtype: str,
+    row_offset: int = 0,
+    *,
+    col_start: int = 0,
+    col_stop: int | None = None,
+) -> None: ...
+def convert(
+    team: Team,
+    src_dtype: str,
+    src: ReadableBuffer | int,
+    rows: int,
+    cols: int,
+    dst: ReadableBuffer | int,
+    dst_dtype: str,
+    row_offset: int = 0,
+    *,
+    col_start: int = 0,
+    col_stop: int | None = None,
+) -> None: ...
+
+@final
+class Buffer:
+    nbytes: int
+    def __init__(self, nbytes: int) -> None: ...
+    @property
+    def address(self) -> int: ...
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+@final
+class Team:
+    num_threads: int
+    level: str
+    def __init__(self, num_threads: int, level: str | None = None) -> None: ...
+
+@final
+class Step:
+    def __init__(
+        self,
+        *,
+        token_ids: ReadableBuffer,
+        positions: ReadableBuffer,
+        token_row: ReadableBuffer,
+        query_start: ReadableBuffer,
+        context_len: ReadableBuffer,
+        row_slot: ReadableBuffer,
+        block_table: ReadableBuffer,
+        sample_rows: ReadableBuffer,
+    ) -> None: ...
+    def set_counts(self, num_tokens: int, num_seqs: int, num_samples: int) -> None: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_seqs(self) -> int: ...
+    @property
+    def num_samples(self) -> int: ...
+
+@final
+class Program:
+    team: Team
+    def __init__(self, team: Team) -> None: ...
+    def __len__(self) -> int: ...
+    def add(
+        self, code: int, rows: int, p: Sequence[int], n: Sequence[int] = (), f: Sequence[float] = ()
+    ) -> int: ...
+    def run(self, step: Step) -> None: ...
+    def run_op(self, i: int, step: Step) -> None: ...
+
+@final
+class Comm:
+    rank: int
+    world: int
+    def __init__(self, fd: int, rank: int, world: int, region_bytes: int) -> None: ...
+    @staticmethod
+    def bytes_needed(world: int, region_bytes: int) -> int: ...
+    @property
+    def address(self) -> int: ...
+    def broadcast_tokens(self, tokens: ReadableBuffer) -> None: ...
+
+# ---- sampling ----

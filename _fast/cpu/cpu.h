@@ -1,0 +1,111 @@
+/* The contract between the step program, its kernels and the thread team.
+ *
+ * A step program is an array of `ae_op`, recorded once from the model's forward. A step replays it:
+ * every thread of the team walks the whole array and runs its share of each op; the team meets at a
+ * barrier after every op. Sizes fixed by the model are in the op; what changes per step (how many
+ * tokens, where they stand) is in `ae_step`. Activations are float32, row-major, contiguous; weights
+ * and the KV cache have the type named in the op.
+ */
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+enum ae_dtype { AE_F32 = 0, AE_BF16 = 1, AE_F16 = 2 };
+
+/* M, the number of rows an op works on. */
+enum ae_rows { AE_TOKENS = 0, AE_SAMPLES = 1 };
+
+typedef struct ae_step {
+    int32_t num_tokens;  /* T: tokens computed in this step */
+    int32_t num_seqs;    /* R: plan rows; row r owns tokens [query_start[r], query_start[r + 1]) */
+    int32_t num_samples; /* S: rows that are sampled from */
+    int32_t table_stride;
+    const int32_t *token_ids;   /* [T] */
+    const int32_t *positions;   /* [T] position of each token in its sequence */
+    const int32_t *token_row;   /* [T] plan row of each token */
+    const int32_t *query_start; /* [R + 1] */
+    const int32_t *context_len; /* [R] positions [0, context_len) are visible after this step's writes */
+    const int32_t *row_slot;    /* [R] block_table + row_slot[r] * table_stride is row r's table */
+    const int32_t *block_table; /* [slots, table_stride] */
+    const int32_t *sample_rows; /* [S] index into [0, T) of each sampled token */
+} ae_step;
+
+enum ae_code {
+    /* p0 out f32 [M,H] · p1 table [n2..n2+n3, H] of type n1 · n0 H. Ids outside [n2, n2+n3) give
+     * zeros (another rank has them). */
+    AE_EMBED,
+    /* p0 out · p1 x · p2 weight f32 [H] · n0 H · f0 eps:  out = x / sqrt(mean(x^2) + eps) * weight */
+    AE_RMS_NORM,
+    /* p0 out · p1 residual, updated · p2 x · p3 weight f32 [H] · n0 H · f0 eps:
+     * residual += x; out = rms_norm(residual) */
+    AE_ADD_RMS_NORM,
+    /* p0 out [M,N] · p1 x [M,K] · p2 weight, packed (see gemm) · p3 bias f32 [N] or NULL
+     * · n0 N · n1 K · n2 weight type:  out = x @ weight.T + bias */
+    AE_LINEAR,
+    /* p0 qkv f32 [T, (Hq + 2 Hk) D], rotated in place · p1 cos_sin f32 [positions, n3]: n3/2 cosines
+     * then n3/2 sines · p2 K cache · p3 V cache, each [blocks, Hk, block, D] · p4, p5 weight f32 [D] of
+     * the per-head RMS norm of q and k, or NULL · n0 Hq · n1 Hk · n2 D · n3 rotary dim · n4 block size
+     * · n5 cache type · f0 eps of the norms.
+     * Norm, then rotate halves (x1, x2) -> (x1 c - x2 s, x2 c + x1 s), then write k and v at the
+     * token's position: block_table[pos / block], row pos % block. */
+    AE_ROPE_KV,
+    /* p0 out f32 [T, Hq D] · p1 qkv · p2 K cache · p3 V cache · n0 Hq · n1 Hk · n2 D · n4 block size
+     * · n5 cache type · n6 window (0: none) · f0 scale.  Causal softmax attention of every token over
+     * the positions (pos - window, pos] of its own sequence; query head h reads KV head h / (Hq/Hk). */
+    AE_ATTENTION,
+    /* p0 out [M,I] · p1 gate_up [M,2I] (gate first) · n0 I:  out = gate * sigmoid(gate) * up */
+    AE_SILU_MUL,
+    /* p0 out [S,H] · p1 x [T,H] · n0 H:  out[i] = x[sample_rows[i]] */
+    AE_SELECT,
+    /* p0 x [M,N], summed over all ranks in rank order, in place · p1 ae_comm · n0 N */
+    AE_ALL_REDUCE,
+    /* p0 out [M, n1] · p1 x [M,N] · p2 ae_comm · n0 N · n1 total width · n2 first column of this rank.
+     * The ranks' column slices side by side, on every rank. */
+    AE_ALL_GATHER,
+    AE_NUM_OPS
+};
+
+typedef struct ae_op {
+    int32_t code;
+    int32_t rows; /* enum ae_rows */
+    void *p[8];
+    int64_t n[8];
+    float f[4];
+} ae_op;
+
+struct ae_team;
+
+/* One thread's view of the team while it runs an op. */
+typedef struct ae_thread {
+    int tid, nthreads;
+    struct ae_team *team;
+    void *scratch; /* this thread's own, 64-byte aligned, AE_SCRATCH bytes, not kept between ops */
+} ae_thread;
+
+#define AE_SCRATCH ((size_t)1 << 20)
+
+typedef void (*ae_kernel)(const ae_op *op, const ae_step *step, const ae_thread *thread);
+
+/* All threads of the team meet; memory written before is seen after. */
+void ae_barrier(const ae_thread *thread);
+
+/* Hands out [0, total) in chunks to whichever thread asks; returns the first index of the chunk or -1.
+ * At most one such loop per op; the counter is reset between ops. */
+int64_t ae_next(const ae_thread *thread, int64_t total, int64_t chunk);
+
+/* An even static share [*lo, *hi) of [0, total), in multiples of grain. */
+static inline void ae_share(const ae_thread *t, int64_t total, int64_t grain, int64_t *lo, int64_t *hi) {
+    int64_t units = (total + grain - 1) / grain;
+    int64_t a = units * t->tid / t->nthreads * grain, b = units * (t->tid + 1) / t->nthreads * grain;
+    *lo = a < total ? a : total;
+    *hi = b < total ? b : total;
+}
+
+static inline int64_t ae_rows_of(const ae_op *op, const ae_step *step) {
+    return op->rows == AE_TOKENS ? step->num_tokens : step->num_samples;
+}
+
+/* Instruction-set levels, best last; one table of kernels each (kernels_<level>.c). */
+enum ae_level { AE_PORTABLE, AE_AVX2, AE_AVX512, AE_AVX512BF16, AE_NUM_LEVELS };
+
+enum ae_level ae_detect_level(void);

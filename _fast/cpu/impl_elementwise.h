@@ -1,0 +1,56 @@
+/* Embedding, SiLU * up, and the choice of the sampled rows. */
+#pragma once
+#include "cpu.h"
+#include "typed.h"
+
+AE_INLINE void widen_row(int type, float *out, const void *table, int64_t first, int64_t n) {
+    for (int64_t i = 0; i < n; i += W) store_as(AE_F32, out, i, load_as(type, table, first + i, n - i), n - i);
+}
+
+static void k_embed(const ae_op *op, const ae_step *step, const ae_thread *thread) {
+    const int64_t H = op->n[0], first = op->n[2], count = op->n[3];
+    int64_t lo, hi;
+    ae_share(thread, ae_rows_of(op, step), 1, &lo, &hi);
+    for (int64_t m = lo; m < hi; m++) {
+        float *out = (float *)op->p[0] + m * H;
+        const int64_t row = step->token_ids[m] - first;
+        if (row < 0 || row >= count) memset(out, 0, (size_t)H * sizeof *out);
+        else if (op->n[1] == AE_F32) widen_row(AE_F32, out, op->p[1], row * H, H);
+        else if (op->n[1] == AE_BF16) widen_row(AE_BF16, out, op->p[1], row * H, H);
+        else widen_row(AE_F16, out, op->p[1], row * H, H);
+    }
+}
+
+/* The division keeps the ends right: exp(-gate) may overflow to inf and gives 0, a NaN stays one. */
+AE_INLINE vf silu_mul(vf gate, vf up) {
+    vf denominator = vf_add(vf_set(1.0f), vf_exp(vf_sub(vf_zero(), gate)));
+    return vf_mul(vf_div(gate, denominator), up);
+}
+
+static void k_silu_mul(const ae_op *op, const ae_step *step, const ae_thread *thread) {
+    enum { CHUNK = 256 };
+    const int64_t I = op->n[0], chunks = (I + CHUNK - 1) / CHUNK;
+    int64_t lo, hi;
+    ae_share(thread, ae_rows_of(op, step) * chunks, 1, &lo, &hi);
+    for (int64_t unit = lo; unit < hi; unit++) {
+        const int64_t m = unit / chunks, begin = unit % chunks * CHUNK;
+        const int64_t n = I - begin < CHUNK ? I - begin : CHUNK;
+        const float *gate = (const float *)op->p[1] + m * 2 * I + begin, *up = gate + I;
+        float *out = (float *)op->p[0] + m * I + begin;
+        int64_t i = 0;
+        for (; i + W <= n; i += W) vf_store(out + i, silu_mul(vf_load(gate + i), vf_load(up + i)));
+        if (i < n) {
+            int rest = (int)(n - i);
+            vf_store_n(out + i, silu_mul(vf_load_n(gate + i, rest), vf_load_n(up + i, rest)), rest);
+        }
+    }
+}
+
+static void k_select(const ae_op *op, const ae_step *step, const ae_thread *thread) {
+    const int64_t H = op->n[0];
+    int64_t lo, hi;
+    ae_share(thread, step->num_samples, 1, &lo, &hi);
+    for (int64_t s = lo; s < hi; s++)
+        memcpy((float *)op->p[0] + s * H, (const float *)op->p[1] + step->sample_rows[s] * H,
+               (size_t)H * sizeof(float));
+}

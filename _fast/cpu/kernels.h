@@ -1,0 +1,20 @@
+/* One table of kernels per instruction-set level. */
+#pragma once
+#include "cpu.h"
+
+struct ae_sample;
+
+typedef struct ae_kernels {
+    ae_kernel ops[AE_NUM_OPS];
+    void (*sample)(const struct ae_sample *args, const ae_thread *thread);
+} ae_kernels;
+
+extern const ae_kernels ae_kernels_portable;
+#if defined(__x86_64__)
+extern const ae_kernels ae_kernels_avx2;
+extern const ae_kernels ae_kernels_avx512;
+extern const ae_kernels ae_kernels_avx512bf16;
+#endif
+
+/* The table of a level that this machine has. */
+const ae_kernels *ae_kernels_for(enum ae_level level);

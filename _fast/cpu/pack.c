@@ -1,0 +1,116 @@
+#include "pack.h"
+
+#include <string.h>
+
+#include "half.h"
+
+/* Columns converted at a time: a multiple of every quantization block. */
+#define CHUNK 256
+/* Row stride of the staged chunk, off the powers of two that would collide in the cache. */
+#define STRIDE (CHUNK + 8)
+
+typedef struct job {
+    const ae_source *source;
+    char *dst;
+    int type;
+    int64_t row_offset;
+} job;
+
+static void narrow(void *out, const float *x, int64_t count, int type) {
+    uint16_t *h = out;
+    if (type == AE_F32)
+        memcpy(out, x, (size_t)count * 4);
+    else if (type == AE_BF16)
+        for (int64_t i = 0; i < count; i++) h[i] = ae_f32_to_bf16(x[i]);
+    else
+        for (int64_t i = 0; i < count; i++) h[i] = ae_f32_to_f16(x[i]);
+}
+
+static const char *row_of(const ae_source *s, int64_t row) {
+    return s->data + row * ae_source_bytes(s->type, s->cols);
+}
+
+/* The first column after `col` that ends a chunk of the source. */
+static int64_t chunk_end(const ae_source *s, int64_t col) {
+    int64_t end = (col / CHUNK + 1) * CHUNK;
+    return end < s->col_stop ? end : s->col_stop;
+}
+
+/* Staged columns [k, k + count) of lanes [lane, lane + lanes), into their panel. */
+static void interleave(char *panel, const char *staged, int type, int64_t k, int64_t count, int lane, int lanes) {
+    if (type == AE_F32) {
+        uint32_t *d = (uint32_t *)panel + k * AE_PANEL + lane;
+        const uint32_t *s = (const uint32_t *)staged;
+        for (int64_t i = 0; i < count; i++, d += AE_PANEL)
+            for (int r = 0; r < lanes; r++) d[r] = s[r * STRIDE + i];
+    } else if (type == AE_F16) {
+        uint16_t *d = (uint16_t *)panel + k * AE_PANEL + lane;
+        const uint16_t *s = (const uint16_t *)staged;
+        for (int64_t i = 0; i < count; i++, d += AE_PANEL)
+            for (int r = 0; r < lanes; r++) d[r] = s[r * STRIDE + i];
+    } else {
+        const uint16_t *s = (const uint16_t *)staged;
+        for (int64_t i = 0; i < count; i++) {
+            int64_t at = k + i;
+            uint16_t *d = (uint16_t *)panel + at / 2 * 2 * AE_PANEL + lane * 2 + (at & 1);
+            for (int r = 0; r < lanes; r++) d[r * 2] = s[r * STRIDE + i];
+        }
+    }
+}
+
+static void pack_panels(void *arg, const ae_thread *thread) {
+    const job *j = arg;
+    const ae_source *s = j->source;
+    const int64_t columns = s->col_stop - s->col_start, panel_bytes = ae_panel_bytes(columns, j->type);
+    const int64_t first = j->row_offset / AE_PANEL, stop = j->row_offset + s->rows;
+    const int64_t panels = (stop + AE_PANEL - 1) / AE_PANEL - first;
+    const int size = j->type == AE_F32 ? 4 : 2;
+    float wide[CHUNK];
+    char staged[AE_PANEL * STRIDE * 4];
+    for (int64_t i; (i = ae_next(thread, panels, 1)) >= 0;) {
+        int64_t base = (first + i) * AE_PANEL;
+        int64_t lo = base > j->row_offset ? base : j->row_offset, hi = base + AE_PANEL < stop ? base + AE_PANEL : stop;
+        int lane = (int)(lo - base), lanes = (int)(hi - lo);
+        char *panel = j->dst + (first + i) * panel_bytes;
+        for (int64_t c = s->col_start, end; c < s->col_stop; c = end) {
+            end = chunk_end(s, c);
+            for (int r = 0; r < lanes; r++) {
+                ae_dequantize(wide, row_of(s, lo + r - j->row_offset), s->type, c, end - c);
+                narrow(staged + r * STRIDE * size, wide, end - c, j->type);
+            }
+            interleave(panel, staged, j->type, c - s->col_start, end - c, lane, lanes);
+        }
+        if (j->type == AE_BF16 && columns % 2) {
+            uint16_t *pad = (uint16_t *)panel + (columns - 1) * AE_PANEL + lane * 2 + 1;
+            for (int r = 0; r < lanes; r++) pad[r * 2] = 0;
+        }
+    }
+}
+
+int ae_pack(ae_team *team, const ae_source *source, void *dst, int dst_type, int64_t row_offset) {
+    job j = {source, dst, dst_type, row_offset};
+    return ae_team_run(team, pack_panels, &j);
+}
+
+static void convert_rows(void *arg, const ae_thread *thread) {
+    const job *j = arg;
+    const ae_source *s = j->source;
+    const int64_t columns = s->col_stop - s->col_start;
+    const int size = j->type == AE_F32 ? 4 : 2;
+    float wide[CHUNK];
+    for (int64_t i; (i = ae_next(thread, s->rows, 16)) >= 0;) {
+        for (int64_t row = i; row < i + 16 && row < s->rows; row++) {
+            char *out = j->dst + (j->row_offset + row) * columns * size;
+            for (int64_t c = s->col_start, end; c < s->col_stop; c = end) {
+                end = chunk_end(s, c);
+                ae_dequantize(wide, row_of(s, row), s->type, c, end - c);
+                narrow(out + (c - s->col_start) * size, wide, end - c, j->type);
+            }
+        }
+    }
+}
+
+int ae_convert(ae_team *team, const ae_source *source, void *dst, int dst_type, int64_t row_offset) {
+    job j = {source, dst, dst_type, row_offset};
+    return ae_team_run(team, convert_rows, &j);
+}

@@ -1,0 +1,50 @@
+#include "program.h"
+
+typedef struct replay {
+    const ae_kernels *kernels;
+    const ae_op *ops;
+    int64_t count;
+    const ae_step *step;
+} replay;
+
+static void replay_ops(void *arg, const ae_thread *thread) {
+    const replay *r = arg;
+    for (int64_t i = 0; i < r->count; i++) {
+        const ae_op *op = &r->ops[i];
+        if (ae_rows_of(op, r->step) == 0) continue;
+        r->kernels->ops[op->code](op, r->step, thread);
+        if (i + 1 < r->count) ae_barrier(thread); /* the job's end is a barrier too */
+    }
+}
+
+int ae_program_run(ae_team *team, const ae_kernels *kernels, const ae_op *ops, int64_t count,
+                   const ae_step *step) {
+    replay r = {kernels, ops, count, step};
+    return ae_team_run(team, replay_ops, &r);
+}
+
+enum ae_level ae_detect_level(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    /* F16C is older than AVX2: no processor has the latter alone. */
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
+        return AE_AVX512BF16;
+    if (avx512) return AE_AVX512;
+    if (avx2) return AE_AVX2;
+#endif
+    return AE_PORTABLE;
+}
+
+const ae_kernels *ae_kernels_for(enum ae_level level) {
+    switch (level) {
+#if defined(__x86_64__)
+        case AE_AVX512BF16: return &ae_kernels_avx512bf16;
+        case AE_AVX512: return &ae_kernels_avx512;
+        case AE_AVX2: return &ae_kernels_avx2;
+#endif
+        default: return &ae_kernels_portable;
+    }
+}

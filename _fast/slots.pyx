@@ -1,0 +1,561 @@
+# The batch on the host: block pool, per-sequence numbers by slot, plan writing and commit.
+#
+# A sequence runs in a slot. Steps are planned ahead of results, so a slot's length is known only in
+# part; four ordered integers say how far it is:
+#   committed <= computed <= known + inflight <= max_len
+#   committed  positions whose keys and values are computed for sure
+#   computed   positions planned to be computed
+#   known      tokens the host holds; `inflight` more are sampled by planned steps
+# Tokens sampled in a slot stay with the worker: the next step names them (RELAY) without sending them.
+
+from collections import deque
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, realloc
+from libc.string cimport memcpy, memmove, memset
+
+
+cdef void* _alloc(size_t size) except NULL:
+    cdef void* block = calloc(1, size if size else 1)
+    if block is NULL:
+        raise MemoryError(f"no memory for {size} bytes of scheduler state")
+    return block
+
+
+include "blocks.pxi"
+
+cdef enum:
+    HEADER = 8  # int32 fields of the plan's and the result's header
+    SAMPLE = 1
+    RELAY = 2
+    NOTHING = -1
+
+
+cdef struct Buffer:  # a growing array of int32
+    int32_t* at
+    Py_ssize_t size
+    Py_ssize_t capacity
+
+
+cdef inline int32_t* _push(Buffer* b, Py_ssize_t count) except NULL:
+    """Room for `count` more values at the end."""
+    cdef Py_ssize_t capacity
+    cdef int32_t* at
+    if b.size + count > b.capacity:
+        capacity = max(2 * b.capacity, b.size + count, 16)
+        at = <int32_t*>realloc(b.at, capacity * sizeof(int32_t))
+        if at is NULL:
+            raise MemoryError("no memory for the scheduler's arrays")
+        b.at, b.capacity = at, capacity
+    b.size += count
+    return b.at + b.size - count
+
+
+cdef inline void _drop(Buffer* b) noexcept:
+    free(b.at)
+    memset(b, 0, sizeof(Buffer))
+
+
+cdef struct Slot:
+    uint32_t epoch  # counts the residents; a row of an earlier one is recognised by it
+    int32_t known
+    int32_t inflight
+    int32_t computed
+    int32_t committed
+    int32_t max_len
+    int32_t min_len
+    int32_t relay  # position of the token last sampled here, or -1
+    int32_t published  # leading blocks that need no (further) publishing
+    int32_t num_stops
+    bint ignore_eos
+    bint publishes
+    bint used
+    double rank
+    int64_t serial
+    Hash hash  # identity of the first `published` blocks
+    int32_t* stops
+    Buffer tokens
+    Buffer blocks
+
+
+cdef struct Row:  # what the host remembers of a planned row until its result comes
+    int32_t slot
+    uint32_t epoch
+    int32_t end
+    int32_t sampled
+
+
+cdef class SlotTable:
+    """The running sequences. Owns the slots, writes plans, commits results.
+
+    The order of the batch is by (rank, serial), smallest first. Rows are planned and blocks are given
+    in this order, so what must give way, `last()`, never has a row in the step that is being planned.
+    """
+
+    cdef readonly BlockPool pool
+    cdef readonly int num_slots, num_running, budget, watermark
+    cdef readonly int64_t step
+    cdef public int epoch
+    cdef readonly int64_t hit_tokens, query_tokens
+    cdef Slot* slots
+    cdef int32_t* order
+    cdef int32_t* vacant
+    cdef list owners
+    cdef object records
+    cdef int32_t* eos
+    cdef int num_eos, cursor
+    cdef bint chunks
+    cdef Buffer relayed, inlined, tokens, updates, copies
+
+    def __cinit__(self, BlockPool pool, int num_slots, eos_ids=(), int epoch=0, int watermark=0):
+        cdef int i
+        if num_slots < 1:
+            raise ValueError(f"num_slots must be at least 1, not {num_slots}")
+        self.pool, self.num_slots, self.epoch, self.watermark = pool, num_slots, epoch, watermark
+        self.slots = <Slot*>_alloc(num_slots * sizeof(Slot))
+        self.order = <int32_t*>_alloc(num_slots * sizeof(int32_t))
+        self.vacant = <int32_t*>_alloc(num_slots * sizeof(int32_t))
+        for i in range(num_slots):
+            self.vacant[i] = num_slots - 1 - i
+        self.owners = [None] * num_slots
+        self.records = deque()
+        self.num_eos = len(eos_ids)
+        self.eos = <int32_t*>_alloc(self.num_eos * sizeof(int32_t))
+        for i in range(self.num_eos):
+            self.eos[i] = eos_ids[i]
+
+    def __dealloc__(self):
+        cdef int i
+        if self.slots is not NULL:
+            for i in range(self.num_slots):
+                self._clear(&self.slots[i])
+        free(self.slots); free(self.order); free(self.vacant); free(self.eos)
+        _drop(&self.relayed); _drop(&self.inlined); _drop(&self.tokens)
+        _drop(&self.updates); _drop(&self.copies)
+
+    # -- residents -----------------------------------------------------------------------------------
+
+    @property
+    def num_vacant(self) -> int:
+        return self.num_slots - self.num_running
+
+    @property
+    def in_flight(self) -> int:
+        """Steps planned whose results have not been committed."""
+        return len(self.records)
+
+    cdef Slot* _slot(self, int slot) except NULL:
+        if not 0 <= slot < self.num_slots or not self.slots[slot].used:
+            raise ValueError(f"slot {slot} is empty")
+        return &self.slots[slot]
+
+    cdef int _enter(self, object owner, double rank, int64_t serial) except -1:
+        """Takes a vacant slot and gives it a place in the order."""
+        cdef int slot, i
+        cdef Slot* s
+        if self.num_running == self.num_slots:
+            raise ValueError("all slots are taken")
+        slot = self.vacant[self.num_slots - self.num_running - 1]
+        i = self.num_running
+        while i:
+            s = &self.slots[self.order[i - 1]]
+            if s.rank < rank or (s.rank == rank and s.serial < serial):
+                break
+            self.order[i] = self.order[i - 1]
+            i -= 1
+        self.order[i] = slot
+        self.num_running += 1
+        self.owners[slot] = owner
+        s = &self.slots[slot]
+        s.used, s.rank, s.serial, s.relay = True, rank, serial, NOTHING
+        return slot
+
+    cdef void _clear(self, Slot* s) noexcept:
+        """Back to an empty slot of the next epoch. The blocks must have been given back."""
+        cdef uint32_t epoch = s.epoch + 1
+        _drop(&s.tokens)
+        _drop(&s.blocks)
+        free(s.stops)
+        memset(s, 0, sizeof(Slot))
+        s.epoch = epoch
+
+    def admit(
+        self, owner, const int32_t[::1] tokens, bytes chain, *, int prompt_len, int max_len, int min_len,
+        const int32_t[::1] stop_ids, bint ignore_eos, tuple rank,
+    ) -> tuple | None:
+        """Seats a sequence in the step being planned, and plans its first row.
+
+        `rank` is its place in the order, (rank, serial). All blocks of its tokens are taken now, cached ones first, so that a long prompt is never
+        stuck half way. Returns (slot, tokens found in the cache), or None if the blocks do not suffice.
+        """
+        cdef BlockPool pool = self.pool
+        cdef int n = tokens.shape[0], total, matched = 0, revived = 0, block, slot, i, limit
+        cdef Hash h
+        cdef Buffer blocks
+        cdef Slot* s
+        if not 1 <= n < max_len or not 1 <= prompt_len <= n or self.budget < 1:
+            raise ValueError(f"cannot admit {n} tokens of at most {max_len} with a budget of {self.budget}")
+        total = (n + pool.block_size - 1) // pool.block_size
+        if total - pool._matchable(chain, n) > pool.num_free:
+            return None
+        memset(&blocks, 0, sizeof(Buffer))
+        _push(&blocks, total)
+        limit = pool._matchable(chain, n)
+        while matched < limit:
+            memcpy(&h, <char*>chain + 16 * (matched + 1), 16)
+            block = pool._find(h)
+            if block < 0:
+                break
+            revived += pool.refs_[block] == 0
+            blocks.at[matched] = block
+            matched += 1
+        if total - matched + revived + (self.watermark if self.num_running else 0) > pool.num_free:
+            _drop(&blocks)
+            return None
+        slot = self._enter(owner, rank[0], rank[1])
+        s = &self.slots[slot]
+        s.blocks = blocks
+        for i in range(matched):
+            pool._retain(blocks.at[i])
+        for i in range(matched, total):
+            blocks.at[i] = pool._allocate()
+        for i in range(total):
+            self._update(slot, i, blocks.at[i])
+        memcpy(_push(&s.tokens, n), &tokens[0], n * sizeof(int32_t))
+        s.known, s.max_len, s.min_len, s.ignore_eos = n, max_len, min_len, ignore_eos
+        s.computed = s.committed = matched * pool.block_size
+        _set_stops(s, &stop_ids[0] if stop_ids.shape[0] else NULL, <int>stop_ids.shape[0])
+        s.published, s.publishes = matched, len(chain) > 0
+        if s.publishes:
+            memcpy(&s.hash, <char*>chain + 16 * matched, 16)
+            self.query_tokens += n
+            self.hit_tokens += s.computed
+        self._row(slot, s, min(n - s.computed, self.budget))
+        return slot, s.computed
+
+    def fork(self, int parent, owner, int prompt_len, bytes chain, tuple rank) -> int:
+        """Seats a sibling on the prompt of `parent`, all of which earlier steps compute.
+
+        It shares the full blocks before the prompt's last token, copies the block that token shares
+        with others, and plans that token, to draw its own continuation. Returns the slot, -1 if no
+        block is free.
+        """
+        cdef BlockPool pool = self.pool
+        cdef Slot* p = self._slot(parent)
+        cdef Slot* s
+        cdef int slot, i, block, last = prompt_len - 1, shared = last // pool.block_size
+        if p.computed < prompt_len or self.budget < 1:
+            raise ValueError(f"slot {parent} has planned {p.computed} of a prompt of {prompt_len} tokens")
+        if pool.num_free == 0:
+            return -1
+        slot = self._enter(owner, rank[0], rank[1])
+        s = &self.slots[slot]
+        memcpy(_push(&s.blocks, shared + 1), p.blocks.at, shared * sizeof(int32_t))
+        for i in range(shared):
+            pool._retain(s.blocks.at[i])
+        s.blocks.at[shared] = block = pool._allocate()
+        for i in range(shared + 1):
+            self._update(slot, i, s.blocks.at[i])
+        if last % pool.block_size:
+            pair = _push(&self.copies, 2)
+            pair[0], pair[1] = p.blocks.at[shared], block
+        memcpy(_push(&s.tokens, prompt_len), p.tokens.at, prompt_len * sizeof(int32_t))
+        s.known, s.max_len, s.min_len, s.ignore_eos = prompt_len, p.max_len, p.min_len, p.ignore_eos
+        # Results come in the order of plans: what the parent has in flight is there before this row is.
+        s.computed = s.committed = last
+        _set_stops(s, p.stops, p.num_stops)
+        s.published, s.publishes = shared, p.publishes
+        if s.publishes:
+            memcpy(&s.hash, <char*>chain + 16 * shared, 16)
+        self._row(slot, s, 1)
+        return slot
+
+    def release(self, int slot) -> None:
+        """Empties a slot; its blocks may be reused at once, though planned steps may still write there:
+        plans are executed in order, and such writes fall on unpublished positions only."""
+        cdef Slot* s = self._slot(slot)
+        cdef Py_ssize_t i = s.blocks.size
+        cdef int place = 0
+        while i:  # the tail first: a prefix is worth more than what follows it
+            i -= 1
+            self.pool._free(s.blocks.at[i])
+        while self.order[place] != slot:
+            place += 1
+        self.num_running -= 1
+        memmove(&self.order[place], &self.order[place + 1], (self.num_running - place) * sizeof(int32_t))
+        if self.cursor > place:
+            self.cursor -= 1
+        self.vacant[self.num_slots - self.num_running - 1] = slot
+        self.owners[slot] = None
+        self._clear(s)
+
+    def last(self) -> object:
+        """The owner that is the last in the order."""
+        if not self.num_running:
+            raise ValueError("nothing runs")
+        return self.owners[self.order[self.num_running - 1]]
+
+    def running(self) -> list:
+        """The owners in order."""
+        return [self.owners[self.order[i]] for i in range(self.num_running)]
+
+    def known_len(self, int slot) -> int:
+        return self._slot(slot).known
+
+    def computed(self, int slot) -> int:
+        """Positions planned to be computed, by plans made so far."""
+        return self._slot(slot).computed
+
+    def tokens_from(self, int slot, int start=0) -> list:
+        """The known tokens from position `start`."""
+        cdef Slot* s = self._slot(slot)
+        return [s.tokens.at[i] for i in range(max(start, 0), s.known)]
+
+    def token_bytes(self, int slot) -> bytes:
+        """All known tokens as int32."""
+        cdef Slot* s = self._slot(slot)
+        return (<char*>s.tokens.at)[: s.known * sizeof(int32_t)]
+
+    def blocks(self, int slot) -> list:
+        cdef Slot* s = self._slot(slot)
+        return [s.blocks.at[i] for i in range(s.blocks.size)]
+
+    # -- a plan --------------------------------------------------------------------------------------
+
+    def begin(self, int budget) -> None:
+        """Starts a step of at most `budget` computed tokens."""
+        self.budget, self.cursor, self.chunks = budget, 0, False
+        self.relayed.size = self.inlined.size = self.tokens.size = 0
+        self.updates.size = self.copies.size = 0
+
+    def plan_running(self) -> bool:
+        """Plans rows for the running sequences: those short of one token first, so that a long prompt
+        does not hold up the others, then chunks. False if a block is missing: release the owner of
+        `last()` and call again."""
+        cdef int slot, i, missing
+        cdef Slot* s
+        while self.cursor < self.num_running and self.budget:
+            slot = self.order[self.cursor]
+            s = &self.slots[slot]
+            missing = s.known + s.inflight - s.computed
+            if missing == 1 and s.computed + 1 < s.max_len:
+                if s.computed == s.blocks.size * self.pool.block_size:
+                    i = self.pool._allocate()
+                    if i < 0:
+                        return False
+                    _push(&s.blocks, 1)[0] = i
+                    self._update(slot, <int>s.blocks.size - 1, i)
+                self._row(slot, s, 1)
+            elif missing > 1:
+                self.chunks = True
+            self.cursor += 1
+        if self.chunks:
+            for i in range(self.num_running):
+                s = &self.slots[self.order[i]]
+                missing = s.known + s.inflight - s.computed
+                if missing > 1 and self.budget:
+                    self._row(self.order[i], s, min(missing, self.budget))
+        return True
+
+    cdef inline int _update(self, int slot, int index, int block) except -1:
+        cdef int32_t* u = _push(&self.updates, 3)
+        u[0], u[1], u[2] = slot, index, block
+        return 0
+
+    cdef inline int _row(self, int slot, Slot* s, int count) except -1:
+        cdef int start = s.computed, end = s.computed + count, flags = 0
+        cdef int32_t* row
+        if end == s.known + s.inflight:
+            flags = SAMPLE
+            s.inflight += 1
+        if start == s.relay:
+            flags |= RELAY
+            row = _push(&self.relayed, 4)
+        else:
+            row = _push(&self.inlined, 4)
+            memcpy(_push(&self.tokens, count), s.tokens.at + start, count * sizeof(int32_t))
+        if flags & SAMPLE:
+            s.relay = end
+        row[0], row[1], row[2], row[3] = slot, start, count, flags
+        s.computed = end
+        self.budget -= count
+        return 0
+
+    def finish(self, bytes payload=b"") -> bytes | None:
+        """Ends the step: the plan as `wire.plan` draws it, or None if it has no row."""
+        cdef Py_ssize_t relayed = self.relayed.size // 4, rows = relayed + self.inlined.size // 4, i
+        cdef bytes plan, record
+        cdef int32_t* out
+        cdef int32_t* row
+        cdef Row* memo
+        cdef int sampled = 0
+        if rows == 0:
+            return None
+        self.step = (self.step + 1) & 0x7FFFFFFF  # it travels as an int32
+        plan = PyBytes_FromStringAndSize(
+            NULL,
+            sizeof(int32_t)
+            * (HEADER + 4 * rows + self.updates.size + self.copies.size + self.tokens.size)
+            + len(payload),
+        )
+        out = <int32_t*><char*>plan
+        out[0], out[1], out[2], out[3] = self.epoch, <int32_t>self.step, <int32_t>rows, <int32_t>self.tokens.size
+        out[4], out[5] = <int32_t>(self.updates.size // 3), <int32_t>(self.copies.size // 2)
+        out[6], out[7] = <int32_t>len(payload), 0
+        row = out + HEADER
+        out = _append(_append(row, &self.relayed), &self.inlined)
+        out = _append(_append(_append(out, &self.updates), &self.copies), &self.tokens)
+        memcpy(out, <char*>payload, len(payload))
+        record = PyBytes_FromStringAndSize(NULL, rows * sizeof(Row))
+        memo = <Row*><char*>record
+        for i in range(rows):
+            memo[i].slot, memo[i].epoch = row[0], self.slots[row[0]].epoch
+            memo[i].end, memo[i].sampled = row[1] + row[2], row[3] & SAMPLE
+            sampled += memo[i].sampled
+            row += 4
+        self.records.append((self.step, sampled, record))
+        return plan
+
+    # -- a result ------------------------------------------------------------------------------------
+
+    def commit(self, const uint8_t[::1] result) -> tuple:
+        """Takes the result of the oldest step in flight: lengths grow, endings are found, full blocks
+        are published. Rows of sequences that left their slot meanwhile are dropped.
+
+        Returns (progressed, tokens, ended, sampled): owners that got a token, those tokens, endings
+        as (owner, reason, detail), and the owner (None if dropped) of every sampled row, or None if the
+        result has no payload. Ended slots are still to be released. Reason and detail: "stop" with the
+        stop token's id, None for an end-of-sequence token; "length" with None; "error" with the sampled
+        row's number.
+        """
+        cdef int32_t header[HEADER]
+        cdef list progressed = [], tokens = [], ended = [], sampled = None
+        cdef Py_ssize_t size = result.shape[0], i
+        cdef int step, count, row = -1
+        cdef int32_t token
+        cdef bytes record
+        cdef Row* memo
+        cdef Slot* s
+        if not self.records:
+            raise RuntimeError("a result came though no step is in flight")
+        step, count, record = self.records[0]
+        if size < <Py_ssize_t>sizeof(header):
+            raise RuntimeError(f"step {step}: a result of {size} bytes has no header")
+        memcpy(header, &result[0], sizeof(header))
+        if header[0] != self.epoch or header[1] != step or header[2] != count:
+            raise RuntimeError(
+                f"the result of epoch {header[0]}, step {header[1]} with {header[2]} rows does not answer "
+                f"epoch {self.epoch}, step {step} with {count} sampled rows"
+            )
+        if size != <Py_ssize_t>sizeof(header) + 4 * count + header[3]:
+            raise RuntimeError(f"step {step}: a result of {size} bytes contradicts its own header")
+        self.records.popleft()
+        if header[3]:
+            sampled = []
+        memo = <Row*><char*>record
+        for i in range(<Py_ssize_t>(len(record) // sizeof(Row))):
+            s = &self.slots[memo[i].slot]
+            row += memo[i].sampled
+            if s.epoch != memo[i].epoch or not s.used:
+                if memo[i].sampled and sampled is not None:
+                    sampled.append(None)
+                continue
+            owner = self.owners[memo[i].slot]
+            if memo[i].sampled:
+                if sampled is not None:
+                    sampled.append(owner)
+                memcpy(&token, &result[sizeof(header) + 4 * row], 4)
+                s.inflight -= 1
+                if token < 0:
+                    self._distrust(s)
+                    ended.append((owner, "error", row))
+                    continue
+                _push(&s.tokens, 1)[0] = token
+                s.known += 1
+                progressed.append(owner)
+                tokens.append(token)
+                if s.known > s.min_len and not s.ignore_eos and _in(token, self.eos, self.num_eos):
+                    ended.append((owner, "stop", None))
+                elif s.known > s.min_len and _in(token, s.stops, s.num_stops):
+                    ended.append((owner, "stop", token))
+                elif s.known == s.max_len:
+                    ended.append((owner, "length", None))
+            s.committed = memo[i].end
+            if s.publishes:
+                while (s.published + 1) * self.pool.block_size <= s.committed:
+                    s.hash = self.pool._extend(s.hash, s.tokens.at + s.published * self.pool.block_size)
+                    self.pool._publish(s.blocks.at[s.published], s.hash)
+                    s.published += 1
+        return progressed, tokens, ended, sampled
+
+    cdef void _distrust(self, Slot* s) noexcept:
+        """A failed sequence may have computed nonsense: nobody shall find its blocks."""
+        cdef Py_ssize_t i
+        for i in range(s.blocks.size):
+            self.pool._forget(s.blocks.at[i])
+
+    def reset_prefix_cache(self) -> None:
+        """Nothing computed before now is found again, also what running sequences have yet to publish."""
+        cdef int i
+        self.pool.reset()
+        for i in range(self.num_running):
+            self.slots[self.order[i]].publishes = False
+
+    # -- for tests and debugging ---------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises RuntimeError if slots, blocks and steps in flight contradict each other."""
+        cdef list refs = [0] * self.pool.num_blocks
+        cdef list inflight = [0] * self.num_slots
+        cdef int i, used = 0
+        cdef Slot* s
+        cdef Row* memo
+        cdef bytes record
+        self.pool.check()
+        for _, _, record in self.records:
+            memo = <Row*><char*>record
+            for i in range(<int>(len(record) // sizeof(Row))):
+                if self.slots[memo[i].slot].epoch == memo[i].epoch:
+                    inflight[memo[i].slot] += memo[i].sampled
+        for i in range(self.num_slots):
+            s = &self.slots[i]
+            used += s.used
+            for j in range(s.blocks.size):
+                refs[s.blocks.at[j]] += 1
+            if not s.used:
+                continue
+            if not s.committed <= s.computed <= s.known + s.inflight <= s.max_len or s.known != s.tokens.size:
+                raise RuntimeError(
+                    f"slot {i}: committed {s.committed}, computed {s.computed}, known {s.known} "
+                    f"({s.tokens.size} held), in flight {s.inflight}, limit {s.max_len} are out of order"
+                )
+            if s.inflight != inflight[i]:
+                raise RuntimeError(f"slot {i}: {s.inflight} samples counted, {inflight[i]} in flight")
+            if s.computed > s.blocks.size * self.pool.block_size:
+                raise RuntimeError(f"slot {i}: {s.computed} positions in {s.blocks.size} blocks")
+        if used != self.num_running:
+            raise RuntimeError(f"{used} slots are used; {self.num_running} were counted")
+        for i in range(self.pool.num_blocks):
+            if refs[i] != self.pool.refs_[i]:
+                raise RuntimeError(f"block {i} has {self.pool.refs_[i]} references; slots hold {refs[i]}")
+
+
+cdef int _set_stops(Slot* s, const int32_t* ids, int count) except -1:
+    s.stops = <int32_t*>_alloc(count * sizeof(int32_t))
+    s.num_stops = count
+    memcpy(s.stops, ids, count * sizeof(int32_t))
+    return 0
+
+
+cdef inline bint _in(int32_t token, const int32_t* ids, int count) noexcept:
+    cdef int i
+    for i in range(count):
+        if ids[i] == token:
+            return True
+    return False
+
+
+cdef inline int32_t* _append(int32_t* out, Buffer* b) noexcept:
+    memcpy(out, b.at, b.size * sizeof(int32_t))
+    return out + b.size

@@ -1,0 +1,188 @@
+"""From what the user calls a model to files on this machine.
+
+A local directory, a local `.gguf` file, or a Hugging Face Hub id. Pickled weights (`*.bin`, `*.pth`) and
+code are never fetched.
+"""
+
+import glob
+import os
+import re
+from collections.abc import Iterable
+from typing import Literal
+
+import msgspec
+
+from ..errors import ConfigError, ModelLoadError
+from .repository import OnProgress, Repository
+from .safetensors import INDEX_NAME
+
+__all__ = ["LOAD_FORMATS", "ModelFiles", "resolve_model"]
+
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+
+_CONFIG_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "*.model",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+]
+_SAFETENSORS = ["*.safetensors", INDEX_NAME]
+# What lies in folders is other exports of the model; `consolidated` is Mistral's own naming of the weights.
+_IGNORED = ["*/*", "consolidated*", "adapter_*"]
+_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
+_SPLIT = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
+
+
+class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a model lies on this machine."""
+
+    model: str
+    """As the caller named it."""
+    kind: Literal["safetensors", "gguf", "dummy"]
+    directory: str
+    """Holds the configuration and the tokenizer, unless these are in the GGUF file."""
+    gguf_path: str | None = None
+    """The file to read the configuration from, and the weights if `kind` is `gguf`."""
+    revision: str | None = None
+    """The commit on the Hub; None for local files."""
+
+    @property
+    def weights(self) -> str:
+        """What `GGUFFile` or `open_safetensors` takes."""
+        return self.gguf_path if self.gguf_path is not None else self.directory
+
+
+def resolve_model(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    download_dir: str | os.PathLike[str] | None = None,
+    load_format: str = "auto",
+    on_progress: OnProgress | None = None,
+) -> ModelFiles:
+    """Finds the model's files and downloads what is missing. Blocks: call it in a thread.
+
+    `model`: an existing directory or `.gguf` file, else a Hub id, `name` or `owner/name`. Of a repository
+    with several GGUF files, `owner/name:Q4_K_M` is the one of that name. `revision` is a branch, tag or
+    commit, and all files are of that one commit. `download_dir` replaces huggingface_hub's cache folder.
+    `on_progress(done, total, "bytes")` is called from the downloading threads; the total grows as files
+    are begun.
+
+    Raises `ConfigError` for arguments that cannot be, `ModelLoadError` where the model is not there.
+    """
+    if load_format not in LOAD_FORMATS:
+        raise ConfigError(
+            f"load_format={load_format!r} is not known; known: {', '.join(LOAD_FORMATS)}",
+            parameter="load_format",
+            value=load_format,
+        )
+    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
+        raise ConfigError("model must be a path or a Hugging Face Hub id", parameter="model", value=model)
+    name = os.fspath(model)
+    path = os.path.expanduser(name)
+    if os.path.exists(path):
+        if revision is not None:
+            raise ConfigError(
+                f"revision={revision!r} is for models on the Hub, but {name} is a local path",
+                parameter="revision",
+                value=revision,
+            )
+        return _local(name, path, load_format)
+    repository, _, wanted = name.partition(":")
+    plausible = (
+        _ID.fullmatch(repository) and len(repository) <= 96 and not re.search(r"--|\.\.|\.git$", repository)
+    )
+    if not plausible or name.endswith((".gguf", ".safetensors")):
+        raise ModelLoadError(
+            f"{name!r} is neither an existing path nor a Hugging Face Hub id such as 'Qwen/Qwen3-0.6B'"
+        )
+    hub = Repository(repository, revision, token, download_dir, on_progress)
+    return _remote(name, hub, wanted, load_format)
+
+
+def _local(name: str, path: str, load_format: str) -> ModelFiles:
+    if os.path.isfile(path):
+        if not path.endswith(".gguf"):
+            raise ModelLoadError(f"{name} is not a .gguf file; of other models, pass the directory")
+        if load_format == "safetensors":
+            raise ModelLoadError(f"{name} is a GGUF file, but load_format is 'safetensors'")
+        return ModelFiles(
+            model=name,
+            kind="dummy" if load_format == "dummy" else "gguf",
+            directory=os.path.dirname(path) or ".",
+            gguf_path=path,
+        )
+    names = os.listdir(path)
+    return _choose(name, path, names, load_format, wanted="", revision=None)
+
+
+def _choose(
+    name: str, directory: str, names: Iterable[str], load_format: str, *, wanted: str, revision: str | None
+) -> ModelFiles:
+    """The model among the files of a directory."""
+    names = sorted(names)
+    if load_format == "dummy" and "config.json" in names:
+        return ModelFiles(model=name, kind="dummy", directory=directory, revision=revision)
+    if (
+        load_format in ("auto", "safetensors")
+        and not wanted
+        and any(n.endswith(".safetensors") for n in names)
+    ):
+        return ModelFiles(model=name, kind="safetensors", directory=directory, revision=revision)
+    if load_format == "safetensors":
+        raise ModelLoadError(f"{name} holds no *.safetensors file{_pickled(names)}")
+    chosen = _choose_gguf(name, names, wanted, "the path of one" if revision is None else f"'{name}:NAME'")
+    return ModelFiles(
+        model=name,
+        kind="dummy" if load_format == "dummy" else "gguf",
+        directory=directory,
+        gguf_path=os.path.join(directory, chosen),
+        revision=revision,
+    )
+
+
+def _choose_gguf(name: str, names: Iterable[str], wanted: str, instead: str) -> str:
+    """The one GGUF model among `names`; of a model in several files the first."""
+    names = sorted(names)
+    models = [n for n in names if n.endswith(".gguf") and not os.path.basename(n).startswith("mmproj")]
+    models = [n for n in models if (part := _SPLIT.search(n)) is None or part[1] == "00001"]
+    if wanted:
+        tag = re.compile(rf"(?:^|[-._/]){re.escape(wanted)}(?:[-._/]|$)", re.IGNORECASE)
+        found = [n for n in models if n == wanted or tag.search(n)]
+    else:
+        found = models
+    if len(found) == 1:
+        return found[0]
+    if not models:
+        raise ModelLoadError(f"{name} holds neither *.safetensors nor *.gguf files{_pickled(names)}")
+    shown = ", ".join(models[:24]) + (", …" if len(models) > 24 else "")
+    if not found:
+        raise ModelLoadError(f"{name} holds no GGUF file of that name; it holds {shown}")
+    raise ModelLoadError(f"{name} holds {len(found)} GGUF models; pass {instead}: {shown}")
+
+
+def _pickled(names: Iterable[str]) -> str:
+    if any(n.endswith((".bin", ".pth", ".pt")) for n in names):
+        return "; its pickled weights (*.bin, *.pth) are never loaded, because they can run any code"
+    return ""
+
+
+def _remote(name: str, hub: Repository, wanted: str, load_format: str) -> ModelFiles:
+    weights = _SAFETENSORS if load_format in ("auto", "safetensors") and not wanted else []
+    directory = hub.download(_CONFIG_FILES + weights, _IGNORED)
+    names = os.listdir(directory)
+    commit = os.path.basename(directory)
+    complete = any(n.endswith(".safetensors") for n in names) and weights
+    if not complete and not (load_format == "dummy" and "config.json" in names):
+        names = hub.files(directory, commit)
+        if load_format in ("auto", "gguf"):
+            chosen = _choose_gguf(name, names, wanted, f"'{hub.repository}:NAME'")
+            parts = glob.escape(_SPLIT.sub("", chosen)) + "-*-of-*.gguf" if _SPLIT.search(chosen) else ""
+            hub.download([parts or glob.escape(chosen)], None, commit=commit)
+    return _choose(name, directory, names, load_format, wanted=wanted, revision=commit)

@@ -1,0 +1,296 @@
+"""Engine arguments: every field checked once, here, when `EngineArgs` is made.
+
+`EngineArgs` is what the caller asked for; `resolve` turns it, the model's spec and this machine into an
+`EngineConfig`, a new value in which nothing is left open. Both are frozen.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import msgspec
+
+from .checkpoint.sharding import check_parallel
+from .checkpoint.spec import DType, ModelSpec
+from .errors import ConfigError
+
+__all__ = ["EngineArgs", "EngineConfig", "resolve"]
+
+CPU_BLOCK_SIZE = 32
+CPU_BATCHED_TOKENS = 512
+CPU_KV_BYTES = 4 << 30
+"""KV cache of an engine on a CPU unless the caller sets `kv_cache_memory_bytes`: the host program's
+memory is not ours to fill. Pages are taken as they are first used."""
+
+_LIMIT = 2**31 - 1
+_DTYPES = {
+    "float32": "float32", "float": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16", "half": "float16",
+}  # fmt: skip
+
+
+class EngineArgs(msgspec.Struct, frozen=True, kw_only=True):
+    """The arguments of `AsyncLLM.create`. Raises `ConfigError` naming the wrong one."""
+
+    model: str
+    tokenizer: str | None = None
+    tokenizer_mode: str = "auto"
+    tokenizer_revision: str | None = None
+    skip_tokenizer_init: bool = False
+    revision: str | None = None
+    download_dir: str | None = None
+    hf_token: str | bool | None = None
+    hf_overrides: dict[str, Any] | None = None
+    trust_remote_code: bool = False
+    load_format: str = "auto"
+    dtype: str = "auto"
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    block_size: int | None = None
+    enable_prefix_caching: bool = True
+    gpu_memory_utilization: float = 0.9
+    """The share of the device's memory the engine may plan with; on a CPU, of the memory now free."""
+    kv_cache_memory_bytes: int | None = None
+    cpu_offload_gb: float = 0
+    swap_space: float = 0
+    enforce_eager: bool = False
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    enable_expert_parallel: bool = False
+    disable_custom_all_reduce: bool = False
+    device: str = "auto"
+    num_threads: int | None = None
+    """Compute threads in all ranks together; None: the cores this process may use."""
+    seed: int = 0
+    """Requests without a seed of their own draw from this one and their number in order of arrival."""
+    runner: str = "auto"
+    convert: str = "auto"
+    scheduling_policy: str = "fcfs"
+    max_queued_requests: int | None = None
+    max_queued_tokens: int | None = None
+    generation_config: str = "auto"
+    """`auto`: sampling defaults from the model's generation_config.json; `vllm`: none; or a directory."""
+    max_logprobs: int = 20
+
+    @classmethod
+    def from_fields(cls, model: Any, fields: Mapping[str, Any]) -> "EngineArgs":
+        """`AsyncLLM.create(model, **fields)` as a value."""
+        if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
+            raise ConfigError(
+                "model must be a Hub id, a local directory or a .gguf file", parameter="model", value=model
+            )
+        for name, value in fields.items():
+            if name not in cls.__struct_fields__ or name == "model":
+                raise ConfigError(
+                    f"{name!r} is not an engine argument; known: {', '.join(cls.__struct_fields__[1:])}",
+                    parameter=name,
+                    value=value,
+                )
+        values = dict(fields)
+        for name in ("tokenizer", "download_dir", "generation_config"):
+            if isinstance(values.get(name), os.PathLike):
+                values[name] = os.fspath(values[name])
+        return cls(model=os.fspath(model), **values)
+
+    def __post_init__(self) -> None:
+        for name, kinds in _TYPES.items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                named = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+                self.refuse(name, f"must be {named}")
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                self.refuse(name, f"must lie in [{low}, {high}]")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                self.refuse(name, f"must be one of {', '.join(map(repr, choices))}")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            self.refuse("gpu_memory_utilization", "must lie in (0, 1]")
+        if self.block_size is not None and self.block_size & (self.block_size - 1):
+            self.refuse("block_size", "must be a power of two")
+        for name, (served, instead) in _UNSERVED.items():
+            if getattr(self, name) not in served:
+                self.refuse(name, f"is not supported in this version; {instead}")
+
+    def refuse(self, name: str, rule: str) -> NoReturn:
+        value = getattr(self, name)
+        raise ConfigError(f"{name}={value!r} {rule}", parameter=name, value=value)
+
+
+_NONE = type(None)
+_TYPES: dict[str, tuple[type, ...]] = {
+    "tokenizer": (str, _NONE),
+    "tokenizer_mode": (str,),
+    "tokenizer_revision": (str, _NONE),
+    "skip_tokenizer_init": (bool,),
+    "revision": (str, _NONE),
+    "download_dir": (str, _NONE),
+    "hf_token": (str, bool, _NONE),
+    "hf_overrides": (dict, _NONE),
+    "trust_remote_code": (bool,),
+    "load_format": (str,),
+    "dtype": (str,),
+    "quantization": (str, _NONE),
+    "kv_cache_dtype": (str,),
+    "max_model_len": (int, _NONE),
+    "max_num_seqs": (int,),
+    "max_num_batched_tokens": (int, _NONE),
+    "block_size": (int, _NONE),
+    "enable_prefix_caching": (bool,),
+    "gpu_memory_utilization": (int, float),
+    "kv_cache_memory_bytes": (int, _NONE),
+    "cpu_offload_gb": (int, float),
+    "swap_space": (int, float),
+    "enforce_eager": (bool,),
+    "tensor_parallel_size": (int,),
+    "data_parallel_size": (int,),
+    "enable_expert_parallel": (bool,),
+    "disable_custom_all_reduce": (bool,),
+    "device": (str,),
+    "num_threads": (int, _NONE),
+    "seed": (int,),
+    "runner": (str,),
+    "convert": (str,),
+    "scheduling_policy": (str,),
+    "max_queued_requests": (int, _NONE),
+    "max_queued_tokens": (int, _NONE),
+    "generation_config": (str,),
+    "max_logprobs": (int,),
+}
+_RANGES = {
+    "max_model_len": (1, _LIMIT),
+    "max_num_seqs": (1, 1 << 16),
+    "max_num_batched_tokens": (1, 1 << 20),
+    "block_size": (1, 1024),
+    "kv_cache_memory_bytes": (1, 2**62),
+    "tensor_parallel_size": (1, 64),
+    "num_threads": (1, 1024),
+    "seed": (-(2**63), 2**63 - 1),
+    "max_queued_requests": (1, _LIMIT),
+    "max_queued_tokens": (1, 2**62),
+    "max_logprobs": (0, 1024),
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "tokenizer_mode": ("auto",),
+    "load_format": ("auto", "safetensors", "gguf", "dummy"),
+    "dtype": ("auto", *_DTYPES),
+    "kv_cache_dtype": ("auto", *_DTYPES),
+    "device": ("auto", "cpu", "cuda"),
+    "scheduling_policy": ("fcfs", "priority"),
+}
+# name -> (values that are served, what to do instead)
+_UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "quantization": ((None,), "GGUF files are recognized without it and dequantized when loaded"),
+    "cpu_offload_gb": ((0,), "it concerns NVIDIA GPUs; leave it 0"),
+    "swap_space": ((0,), "preempted requests are recomputed, never swapped; leave it 0"),
+    "data_parallel_size": ((1,), "create several engines instead"),
+    "enable_expert_parallel": ((False,), "no mixture-of-experts model is served yet"),
+    "disable_custom_all_reduce": ((False,), "it concerns NVIDIA GPUs; leave it False"),
+    "device": (("auto", "cpu"), "use device='cpu'"),
+    "runner": (("auto", "generate"), "only text generation is served; use runner='generate'"),
+    "convert": (("auto", "none"), "only text generation is served; use convert='none'"),
+}
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine runs with; nothing left to default."""
+
+    model: str
+    device: str
+    dtype: DType
+    kv_dtype: DType
+    max_model_len: int
+    """Longest sequence, prompt and output together, in tokens."""
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    enable_prefix_caching: bool
+    kv_cache_memory_bytes: int | None
+    gpu_memory_utilization: float
+    enforce_eager: bool
+    tensor_parallel_size: int
+    num_threads: int
+    """Compute threads of each rank."""
+    seed: int
+    scheduling_policy: str
+    max_queued_requests: int | None
+    max_queued_tokens: int | None
+    max_logprobs: int
+
+
+def resolve(args: EngineArgs, spec: ModelSpec) -> EngineConfig:
+    """Decides what `args` left open, for a model on this machine. Raises `ConfigError`."""
+    check_parallel(spec, args.tensor_parallel_size)
+    max_model_len = args.max_model_len or spec.max_position
+    if max_model_len > spec.max_position:
+        args.refuse(
+            "max_model_len",
+            f"exceeds the {spec.max_position} positions the model was made for; to extend it, declare so "
+            "with hf_overrides={'max_position_embeddings': ..., 'rope_parameters': ...}",
+        )
+    batched = args.max_num_batched_tokens
+    if batched is None:
+        batched = max(CPU_BATCHED_TOKENS, args.max_num_seqs)
+    elif batched < args.max_num_seqs:
+        args.refuse(
+            "max_num_batched_tokens",
+            f"must be at least max_num_seqs ({args.max_num_seqs}): every running sequence needs one",
+        )
+    dtype = _resolve_dtype(args, spec)
+    return EngineConfig(
+        model=args.model,
+        device="cpu",
+        dtype=dtype,
+        kv_dtype=dtype if args.kv_cache_dtype == "auto" else _DTYPES[args.kv_cache_dtype],
+        max_model_len=max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=batched,
+        block_size=args.block_size or CPU_BLOCK_SIZE,
+        enable_prefix_caching=args.enable_prefix_caching,
+        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        enforce_eager=args.enforce_eager,
+        tensor_parallel_size=args.tensor_parallel_size,
+        num_threads=max(1, (args.num_threads or usable_cores()) // args.tensor_parallel_size),
+        seed=args.seed,
+        scheduling_policy=args.scheduling_policy,
+        max_queued_requests=args.max_queued_requests,
+        max_queued_tokens=args.max_queued_tokens,
+        max_logprobs=args.max_logprobs,
+    )
+
+
+def _resolve_dtype(args: EngineArgs, spec: ModelSpec) -> DType:
+    if args.dtype != "auto":
+        return _DTYPES[args.dtype]  # type: ignore[return-value]
+    # Quantized weights have no type of their own; bfloat16 holds them in half the memory of float32.
+    return spec.dtype or "bfloat16"
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity mask, bounded by the cgroup's CPU quota."""
+    cores = len(os.sched_getaffinity(0))
+    quota = _cgroup_quota()
+    return max(1, min(cores, quota)) if quota else cores
+
+
+def _cgroup_quota() -> int | None:
+    """Whole cores of this cgroup's CPU bandwidth limit (v2, then v1), or None where there is none."""
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            limit, period = file.read().split()
+            return None if limit == "max" else max(1, int(limit) // int(period))
+    except (OSError, ValueError):
+        pass
+    try:
+        with open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") as file:
+            quota = int(file.read())
+        with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us") as file:
+            return max(1, quota // int(file.read())) if quota > 0 else None
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,234 @@
+"""The actor: admits requests, plans steps ahead of the workers, commits their results.
+
+Everything runs in callbacks of the event loop that created the engine; nothing here waits. A step is
+planned before the results of earlier ones are known: two are in flight in steady state, so that the
+workers never wait for the host. Where a host program blocks its loop and they do run dry, the depth
+grows for as long as that lasts.
+"""
+
+import asyncio
+import logging
+import threading
+
+from ..errors import (
+    AsyncEngineError,
+    EngineClosedError,
+    EngineDeadError,
+    RequestFailedError,
+    RequestTimeoutError,
+)
+from ..metrics import EngineMetrics
+from ..outputs import FinishReason
+from ..scheduling.scheduler import Scheduler
+from ..scheduling.sequence import Sequence
+from .request import Completion, Request
+from .supervisor import WorkerGroup
+
+__all__ = ["EngineCore"]
+
+MIN_DEPTH = 2
+MAX_DEPTH = 8
+CALM_STEPS = 64
+"""Steps without the workers running dry after which the depth shrinks by one."""
+
+_logger = logging.getLogger("asyncengine")
+
+
+class EngineCore:
+    """One engine's requests, scheduler and workers, tied together on one event loop."""
+
+    def __init__(self, scheduler: Scheduler, workers: WorkerGroup) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.thread_id = threading.get_ident()
+        self.scheduler = scheduler
+        self.workers = workers
+        self.metrics = EngineMetrics()
+        self.requests: dict[str, Request] = {}
+        """Every request that has not ended, also while its prompt is being tokenized."""
+        self.error: AsyncEngineError | None = None
+        """Why the engine takes no more requests; None while it does."""
+        self._inflight = 0
+        self._depth = MIN_DEPTH
+        self._calm = 0
+        self._results = 0
+        self._pumping = False
+        self._idle: list[asyncio.Future[None]] = []
+
+    # Requests
+
+    def open(self, request: Request, timeout: float | None) -> None:
+        """Takes responsibility for the request: from now on it is answered, whatever happens."""
+        self.requests[request.id] = request
+        if timeout is not None:
+            request.timer = self.loop.call_later(timeout, self._expire, request, timeout)
+
+    def admit(self, request: Request, sequences: list[Sequence]) -> None:
+        """Queues the sequences. Raises `QueueFullError` or `InvalidRequestError`, with nothing queued."""
+        self.scheduler.add(sequences)
+        for completion, sequence in zip(request.completions, sequences, strict=True):
+            sequence.owner = (request, completion)
+            completion.attach(sequence, self.scheduler)
+        self.metrics.prompt_tokens += len(request.prompt_token_ids)
+        self._pump_soon()
+
+    def cancel(self, request: Request) -> None:
+        """Ends the request with `finish_reason="cancelled"`; its blocks are free when this returns."""
+        if not request.finished:
+            self._end_all(request, None, "cancelled")
+
+    def cancel_soon(self, request: Request) -> None:
+        """As `cancel`, from any thread or from the garbage collector."""
+        try:
+            self.loop.call_soon_threadsafe(self.cancel, request)
+        except RuntimeError:
+            pass  # The loop is closed, and the workers with it.
+
+    def fail(self, request: Request, error: BaseException) -> None:
+        """Ends the request with an error for whoever waits on it."""
+        if not request.finished:
+            self._end_all(request, error, "error")
+
+    def _expire(self, request: Request, timeout: float) -> None:
+        if not request.finished:
+            error = RequestTimeoutError(f"request {request.id!r} did not finish within {timeout:g} s")
+            self._end_all(request, error, "timeout")
+
+    def _end_all(self, request: Request, error: BaseException | None, reason: FinishReason) -> None:
+        for completion in request.completions:
+            if not completion.finished:
+                if completion.sequence is not None:
+                    completion.absorb()
+                    self.scheduler.abort(completion.sequence)
+                completion.finish(reason)
+        request.error = error
+        self._settle(request)
+        self._pump_soon()
+
+    def _settle(self, request: Request) -> None:
+        """Everything is over for this request; tells its waiters."""
+        self.requests.pop(request.id, None)
+        request.settle()
+        for completion in request.completions:
+            reason = str(completion.output.finish_reason)
+            self.metrics.finished[reason] = self.metrics.finished.get(reason, 0) + 1
+        if request.metrics.total is not None:
+            self.metrics.e2e_latency.observe(request.metrics.total)
+        if not self.requests:
+            for future in self._idle:
+                if not future.done():
+                    future.set_result(None)
+
+    async def wait_idle(self) -> None:
+        """Returns once no request is left."""
+        while self.requests:
+            future: asyncio.Future[None] = self.loop.create_future()
+            self._idle.append(future)
+            try:
+                await future
+            finally:
+                self._idle.remove(future)
+
+    # Steps
+
+    def _pump_soon(self) -> None:
+        if not self._pumping:
+            self._pumping = True
+            self.loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """Plans and sends steps until enough of them are in flight."""
+        self._pumping = False
+        if self.error is not None:
+            return
+        self._adapt_depth()
+        while self._inflight < self._depth:
+            plan = self.scheduler.plan()
+            if plan is None:
+                return
+            if not self.workers.send_plan(plan.data):
+                self.die(EngineDeadError("a worker has stopped reading its plans"))
+                return
+            self._inflight += 1
+            for sequence in plan.admitted:
+                self._mark_started(sequence)
+
+    def _adapt_depth(self) -> None:
+        results, self._results = self._results, 0
+        if results == 0:
+            return
+        if self._inflight == 0 and results >= self._depth and self.scheduler.has_work:
+            self._depth = min(self._depth + 1, MAX_DEPTH)
+            self._calm = 0
+        elif self._depth > MIN_DEPTH:
+            self._calm += 1
+            if self._calm >= CALM_STEPS:
+                self._depth -= 1
+                self._calm = 0
+
+    def _mark_started(self, sequence: Sequence) -> None:
+        request: Request = sequence.owner[0]
+        if request.metrics.queue is None:
+            request.metrics.queue = request.age
+            self.metrics.queue_time.observe(request.metrics.queue)
+
+    def on_result(self, data: bytes) -> None:
+        """Commits the result of the oldest step in flight."""
+        if self.error is not None:
+            return
+        self._inflight -= 1
+        self._results += 1
+        commit = self.scheduler.commit(data)
+        self.metrics.steps += 1
+        self.metrics.generation_tokens += len(commit.progressed)
+        self.metrics.step_device_seconds.observe(commit.device_us * 1e-6)
+        for sequence, row in commit.logprobs:
+            sequence.owner[1].add_logprobs(row)
+        for sequence in commit.progressed:
+            request, completion = sequence.owner
+            if request.metrics.first_token is None:
+                self._mark_first_token(request)
+            if completion.stops is not None and not completion.finished and completion.absorb():
+                self.scheduler.abort(sequence, "stop")
+                self._end(request, completion, "stop", None)
+            else:
+                request.wake()
+        for sequence in commit.ended:
+            request, completion = sequence.owner
+            if sequence.error is not None:
+                self.fail(request, RequestFailedError(sequence.error))
+            elif not completion.finished and sequence.finish_reason is not None:
+                self._end(request, completion, sequence.finish_reason, sequence.stop_reason)
+        self._pump_soon()
+
+    def _mark_first_token(self, request: Request) -> None:
+        request.metrics.first_token = request.age
+        request.metrics.prefill = request.metrics.first_token - (request.metrics.queue or 0.0)
+        self.metrics.time_to_first_token.observe(request.metrics.first_token)
+
+    def _end(
+        self, request: Request, completion: Completion, reason: FinishReason, stop_reason: str | int | None
+    ) -> None:
+        completion.finish(reason, stop_reason)
+        if request.finished:
+            self._settle(request)
+        else:
+            request.wake()
+
+    # The end
+
+    def die(self, error: EngineDeadError) -> None:
+        """A worker is gone: every request fails with `error`, and so does every later one."""
+        if self.error is None:
+            _logger.error("engine is dead: %s", error)
+            self._stop_with(error)
+            self.workers.kill()
+
+    def close(self) -> None:
+        """Takes no more requests and fails those in flight with `EngineClosedError`."""
+        if self.error is None or isinstance(self.error, EngineDeadError):
+            self._stop_with(EngineClosedError("the engine was closed"))
+
+    def _stop_with(self, error: AsyncEngineError) -> None:
+        self.error = error
+        for request in list(self.requests.values()):
+            self._end_all(request, error, "error")

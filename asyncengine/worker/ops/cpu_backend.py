@@ -1,0 +1,130 @@
+"""The CPU behind the runner: a thread team, weights, KV memory, and the recorded step program."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncengine._fast.cpu import Buffer, Comm, Program, Step, Team, attention_workspace
+
+from ...checkpoint.sharding import Shard, comm_region_bytes
+from ...checkpoint.tensor import Checkpoint
+from ...errors import ModelLoadError, OutOfMemoryError
+from ...wire.stages import WorkerConfig
+from ..batch import Batch
+from ..kv_cache import KVCache, KVLayout
+from ..load import load_weights
+from ..models.decoder import Decoder
+from ..rope import cos_sin_table
+from .cpu import Handle, Placement, Recorder, StepMemory
+from .cpu_weights import ITEM_SIZES, CpuWeights
+
+__all__ = ["CpuBackend"]
+
+_MAX_HEAD_DIM = 512
+_OPERATION_BYTES = 152
+"""sizeof(ae_op)"""
+
+
+class CpuBackend:
+    """Built up in the order of the stages: `load`, `step_bytes`, `allocate`, `capture`; then `run`."""
+
+    def __init__(self, config: WorkerConfig, model: Decoder, shard: Shard, comm_fd: int | None) -> None:
+        spec = config.spec
+        if spec.head_dim > _MAX_HEAD_DIM or spec.head_dim % 2:
+            raise ModelLoadError(
+                f"heads of size {spec.head_dim} are not supported; supported: even sizes up to {_MAX_HEAD_DIM}"
+            )
+        self._config = config
+        self._model = model
+        self._heads = (len(shard.part(spec.num_heads)), len(shard.kv_heads(spec.num_kv_heads)))
+        self._rope = cos_sin_table(spec, config.max_model_len)
+        self.team = Team(config.num_threads)
+        self.comm = (
+            None if comm_fd is None else Comm(comm_fd, shard.rank, shard.world, comm_region_bytes(spec))
+        )
+        self.kv_layout = KVLayout(
+            spec.num_layers, self._heads[1], config.block_size, spec.head_dim, ITEM_SIZES[config.kv_dtype]
+        )
+
+    def load(self, checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> int:
+        """Packs the weights; the bytes they take on this rank."""
+        self._weights = CpuWeights(self.team, self._model.parameters(), self._config.dtype)
+        load_weights(self._model, checkpoint, self._weights, progress)
+        return self._weights.nbytes
+
+    def step_bytes(self) -> int:
+        """What a step of the largest size needs: activations, and the rotary table."""
+        memory = StepMemory(0)
+        self._record(memory, lambda layer: (0, 0))
+        return memory.size + self._rope.nbytes
+
+    def allocate(self, num_blocks: int) -> int:
+        """Takes the KV memory; its bytes."""
+        try:
+            self.cache = KVCache(self.kv_layout, num_blocks)
+        except MemoryError as error:
+            raise OutOfMemoryError(
+                f"{num_blocks} KV blocks of {self.kv_layout.bytes_per_block:,} bytes cannot be mapped;"
+                " lower kv_cache_memory_bytes, or raise the process's memory limits"
+            ) from error
+        return self.cache.nbytes
+
+    def capture(self, batch: Batch) -> tuple[int, int]:
+        """Records the step program over `batch`'s arrays; the number of its operations, and their bytes."""
+        self._activations = Buffer(self.step_bytes() - self._rope.nbytes)
+        recorder, self._logits = self._record(StepMemory(self._activations.address), self.cache.addresses)
+        self._program = Program(self.team)
+        for operation in recorder.operations:
+            self._program.add(*operation)
+        self._step = Step(
+            token_ids=batch.token_ids,
+            positions=batch.positions,
+            token_row=batch.token_row,
+            query_start=batch.query_start,
+            context_len=batch.context_len,
+            row_slot=batch.row_slot,
+            block_table=batch.block_table,
+            sample_rows=batch.sample_rows,
+        )
+        return len(self._program), _OPERATION_BYTES * len(self._program)
+
+    def run(self, batch: Batch) -> int:
+        """Computes the step that `batch` has prepared; the address of its logits [samples, vocabulary]."""
+        self._step.set_counts(batch.num_tokens, batch.num_rows, batch.num_samples)
+        if self._config.enforce_eager:
+            for index in range(len(self._program)):
+                self._program.run_op(index, self._step)
+        else:
+            self._program.run(self._step)
+        return self._logits.address
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """The buffer of the step's logits, [max_num_seqs, vocabulary]."""
+        shape = (self._config.max_num_seqs, self._logits.width)
+        offset = self._logits.address - self._activations.address
+        return np.frombuffer(self._activations, np.float32, math.prod(shape), offset).reshape(shape)
+
+    def _record(
+        self, memory: StepMemory, kv_addresses: Callable[[int], tuple[int, int]]
+    ) -> tuple[Recorder, Handle]:
+        config = self._config
+        place = Placement(
+            spec=config.spec,
+            heads=self._heads,
+            max_tokens=config.max_num_batched_tokens,
+            max_samples=config.max_num_seqs,
+            weights=self._weights,
+            rope=self._rope.ctypes.data,
+            block_size=config.block_size,
+            kv_dtype=config.kv_dtype,
+            kv_addresses=kv_addresses,
+            comm=0 if self.comm is None else self.comm.address,
+            workspace_bytes=attention_workspace(
+                config.num_threads, *self._heads, config.spec.head_dim, config.max_model_len
+            ),
+        )
+        recorder = Recorder(place, memory)
+        return recorder, self._model.forward(recorder)

@@ -1,0 +1,113 @@
+"""One rank: the stages of its start, and then a result for every plan."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+from msgspec import msgpack
+from numpy.typing import NDArray
+
+from ..checkpoint.sharding import Shard, check_parallel
+from ..errors import ConfigError
+from ..wire.plan import RESULT_HEADER
+from ..wire.stages import Allocate, Allocated, Captured, Loaded, Profiled, WorkerConfig
+from .batch import Batch, parse_plan
+from .load import open_checkpoint
+from .memory import available_bytes
+from .models.registry import build_model
+from .ops.cpu_backend import CpuBackend
+from .sampler import Sampler
+
+__all__ = ["Runner"]
+
+Progress = Callable[[int, int, str], None]
+
+
+class Runner:
+    """`fds["comm"]` is the ranks' shared memory, needed where there are several of them."""
+
+    def __init__(self, rank: int, world_size: int, fds: dict[str, int]) -> None:
+        self._shard = Shard(rank, world_size)
+        self._fds = fds
+        self._stages: dict[str, Callable[[bytes, Progress], object]] = {
+            "config": self._configure,
+            "load": self._load,
+            "profile": self._profile,
+            "allocate": self._allocate,
+            "capture": self._capture,
+        }
+
+    def run_stage(self, stage: str, payload: bytes, progress: Progress) -> bytes:
+        """Runs one stage, in the order of `wire/stages.py`; payload and answer are its messages.
+
+        `progress` takes done, total and unit. Raises ConfigError, ModelLoadError or OutOfMemoryError.
+        """
+        return msgpack.encode(self._stages[stage](payload, progress))
+
+    def close(self) -> None:
+        """Ends the compute threads. The memory goes with the process."""
+
+    def _configure(self, payload: bytes, progress: Progress) -> None:
+        config = msgpack.decode(payload, type=WorkerConfig)
+        if config.device != "cpu":
+            raise ConfigError(
+                f"device={config.device!r} is not supported in this version; use device='cpu'",
+                parameter="device",
+                value=config.device,
+            )
+        check_parallel(config.spec, self._shard.world)
+        self._config = config
+        self._model = build_model(config.spec, self._shard)
+        comm = self._fds["comm"] if self._shard.world > 1 else None
+        self.backend = CpuBackend(config, self._model, self._shard, comm)
+
+    def _load(self, payload: bytes, progress: Progress) -> Loaded:
+        checkpoint = open_checkpoint(self._config, self._model)
+        try:
+            return Loaded(self.backend.load(checkpoint, lambda done, total: progress(done, total, "bytes")))
+        finally:
+            checkpoint.close()
+
+    def _profile(self, payload: bytes, progress: Progress) -> Profiled:
+        backend = self.backend
+        return Profiled(backend.step_bytes(), backend.kv_layout.bytes_per_block, available_bytes())
+
+    def _allocate(self, payload: bytes, progress: Progress) -> Allocated:
+        return Allocated(self.backend.allocate(msgpack.decode(payload, type=Allocate).num_blocks))
+
+    def _capture(self, payload: bytes, progress: Progress) -> Captured:
+        config = self._config
+        blocks = -(-config.max_model_len // config.block_size)
+        self._batch = Batch(config.max_num_seqs, config.max_num_batched_tokens, blocks)
+        self._sampler = Sampler(self.backend.team, config.max_num_seqs, config.spec.vocab_size)
+        self._result = np.zeros(RESULT_HEADER + config.max_num_seqs, np.int32)
+        operations, nbytes = self.backend.capture(self._batch)
+        return Captured(0 if config.enforce_eager else operations, nbytes)
+
+    def step(self, data: bytes) -> bytes | None:
+        """Runs one plan. Rank 0 answers with the Result; the others give None."""
+        began = time.perf_counter_ns()
+        plan = parse_plan(data)
+        batch, backend, first = self._batch, self.backend, self._shard.rank == 0
+        if first:
+            for init in plan.inits:
+                self._sampler.enter(init)
+        if len(plan.copies):
+            backend.cache.copy_blocks(plan.copies)
+        batch.prepare(plan)
+        logits = backend.run(batch)
+        samples = batch.num_samples
+        tokens = self._result[RESULT_HEADER : RESULT_HEADER + samples]
+        details = None
+        if samples:
+            if first:
+                details = self._sampler.draw(logits, batch.sample_slots, batch.sample_positions, tokens)
+            if backend.comm is not None:
+                backend.comm.broadcast_tokens(tokens)
+            batch.last_token[batch.sample_slots] = tokens
+        if not first:
+            return None
+        payload = b"" if details is None else msgpack.encode(details)
+        spent = (time.perf_counter_ns() - began) // 1000
+        self._result[:5] = (plan.epoch, plan.step, samples, len(payload), spent)
+        return self._result[: RESULT_HEADER + samples].tobytes() + payload

