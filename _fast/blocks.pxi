@@ -7,70 +7,6 @@
 # The free list is circular and doubly linked through `next`/`prev`; position `num_blocks` is its
 # sentinel. Blocks are taken from the front; what is worth keeping is put at the back, so reuse is LRU.
 
-cdef struct Hash:
-    uint64_t lo
-    uint64_t hi
-
-
-cdef inline uint64_t _rotl(uint64_t x, int b) noexcept:
-    return (x << b) | (x >> (64 - b))
-
-
-cdef inline void _sip_rounds(uint64_t* v, int rounds) noexcept:
-    cdef int i
-    for i in range(rounds):
-        v[0] += v[1]; v[1] = _rotl(v[1], 13) ^ v[0]; v[0] = _rotl(v[0], 32)
-        v[2] += v[3]; v[3] = _rotl(v[3], 16) ^ v[2]
-        v[0] += v[3]; v[3] = _rotl(v[3], 21) ^ v[0]
-        v[2] += v[1]; v[1] = _rotl(v[1], 17) ^ v[2]; v[2] = _rotl(v[2], 32)
-
-
-cdef inline void _sip_word(uint64_t* v, uint64_t m) noexcept:
-    v[3] ^= m
-    _sip_rounds(v, 2)
-    v[0] ^= m
-
-
-cdef void _sip_start(uint64_t* v, Hash key) noexcept:
-    v[0] = key.lo ^ 0x736F6D6570736575ULL
-    v[1] = key.hi ^ 0x646F72616E646F6DULL ^ 0xEE
-    v[2] = key.lo ^ 0x6C7967656E657261ULL
-    v[3] = key.hi ^ 0x7465646279746573ULL
-
-
-cdef Hash _sip_end(uint64_t* v, const uint8_t* data, size_t size, size_t total) noexcept:
-    """Absorbs `data` as the rest of a message of `total` bytes, of which whole words came before."""
-    cdef uint64_t word
-    cdef size_t i = 0
-    cdef Hash out
-    while i + 8 <= size:
-        memcpy(&word, data + i, 8)
-        _sip_word(v, word)
-        i += 8
-    word = 0
-    memcpy(&word, data + i, size - i)
-    _sip_word(v, word | (<uint64_t>total << 56))
-    v[2] ^= 0xEE
-    _sip_rounds(v, 4)
-    out.lo = v[0] ^ v[1] ^ v[2] ^ v[3]
-    v[1] ^= 0xDD
-    _sip_rounds(v, 4)
-    out.hi = v[0] ^ v[1] ^ v[2] ^ v[3]
-    return out
-
-
-def siphash128(const uint8_t[::1] key, const uint8_t[::1] data) -> bytes:
-    """SipHash-2-4 with 128 bits of output (Aumasson and Bernstein, 2012), keyed with 16 bytes."""
-    cdef Hash k, out
-    cdef uint64_t v[4]
-    if key.shape[0] != 16:
-        raise ValueError(f"the key must have 16 bytes, not {key.shape[0]}")
-    memcpy(&k, &key[0], 16)
-    _sip_start(v, k)
-    out = _sip_end(v, &data[0] if data.shape[0] else NULL, data.shape[0], data.shape[0])
-    return (<char*>&out)[:16]
-
-
 cdef class BlockPool:
     """KV blocks by number: allocation, sharing, and an index from content to block.
 
@@ -89,7 +25,9 @@ cdef class BlockPool:
     cdef int32_t* index
     cdef size_t mask
 
-    def __cinit__(self, int num_blocks, int block_size, const uint8_t[::1] hash_key, bint enable_prefix_caching=True):
+    def __cinit__(
+        self, int num_blocks, int block_size, const uint8_t[::1] hash_key, bint enable_prefix_caching=True
+    ):
         cdef int i
         cdef size_t cells = 8
         if num_blocks < 1 or block_size < 1 or hash_key.shape[0] != 16:
@@ -244,7 +182,7 @@ cdef class BlockPool:
         return found
 
     cdef inline int _matchable(self, bytes chain, int num_tokens) noexcept:
-        return min(<int>(len(chain) // 16) - 1, (num_tokens - 1) // self.block_size)
+        return min(max(<int>(len(chain) // 16) - 1, 0), (num_tokens - 1) // self.block_size)
 
     def allocate(self) -> int:
         """A free block, now with one reference; -1 if there is none."""

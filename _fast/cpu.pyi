@@ -111,3 +111,32 @@ class Comm:
     def broadcast_tokens(self, tokens: ReadableBuffer) -> None: ...
 
 # ---- sampling ----
+
+def attention_workspace(
+    num_threads: int, q_heads: int, kv_heads: int, head_dim: int, max_context: int
+) -> int: ...
+def sample(
+    team: Team,
+    logits: int,
+    vocab: int,
+    tokens: ReadableBuffer,
+    *,
+    temperature: ReadableBuffer | None = None,
+    top_k: ReadableBuffer | None = None,
+    top_p: ReadableBuffer | None = None,
+    min_p: ReadableBuffer | None = None,
+    presence: ReadableBuffer | None = None,
+    frequency: ReadableBuffer | None = None,
+    repetition: ReadableBuffer | None = None,
+    seed: ReadableBuffer | None = None,
+    position: ReadableBuffer | None = None,
+    counts: ReadableBuffer | None = None,
+    prompt_mask: ReadableBuffer | None = None,
+    banned_start: ReadableBuffer | None = None,
+    banned: ReadableBuffer | None = None,
+    num_logprobs: ReadableBuffer | None = None,
+    logprob: ReadableBuffer | None = None,
+    rank: ReadableBuffer | None = None,
+    top_ids: ReadableBuffer | None = None,
+    top_logprobs: ReadableBuffer | None = None,
+) -> None: ...

@@ -1,3 +1,8 @@
+"""The scheduler's native half: block pool, prefix index, running sequences, plan bytes, commit.
+
+Everything belongs to one thread. The functions' contracts stand beside the code.
+"""
+
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -53,7 +58,6 @@ class SlotTable:
         tokens: Buffer,
         chain: bytes,
         *,
-        prompt_len: int,
         max_len: int,
         min_len: int,
         stop_ids: Buffer,

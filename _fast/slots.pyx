@@ -1,12 +1,4 @@
 # The batch on the host: block pool, per-sequence numbers by slot, plan writing and commit.
-#
-# A sequence runs in a slot. Steps are planned ahead of results, so a slot's length is known only in
-# part; four ordered integers say how far it is:
-#   committed <= computed <= known + inflight <= max_len
-#   committed  positions whose keys and values are computed for sure
-#   computed   positions planned to be computed
-#   known      tokens the host holds; `inflight` more are sampled by planned steps
-# Tokens sampled in a slot stay with the worker: the next step names them (RELAY) without sending them.
 
 from collections import deque
 
@@ -15,75 +7,11 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memmove, memset
 
-
-cdef void* _alloc(size_t size) except NULL:
-    cdef void* block = calloc(1, size if size else 1)
-    if block is NULL:
-        raise MemoryError(f"no memory for {size} bytes of scheduler state")
-    return block
-
-
+include "arrays.pxi"
+include "siphash.pxi"
 include "blocks.pxi"
-
-cdef enum:
-    HEADER = 8  # int32 fields of the plan's and the result's header
-    SAMPLE = 1
-    RELAY = 2
-    NOTHING = -1
-
-
-cdef struct Buffer:  # a growing array of int32
-    int32_t* at
-    Py_ssize_t size
-    Py_ssize_t capacity
-
-
-cdef inline int32_t* _push(Buffer* b, Py_ssize_t count) except NULL:
-    """Room for `count` more values at the end."""
-    cdef Py_ssize_t capacity
-    cdef int32_t* at
-    if b.size + count > b.capacity:
-        capacity = max(2 * b.capacity, b.size + count, 16)
-        at = <int32_t*>realloc(b.at, capacity * sizeof(int32_t))
-        if at is NULL:
-            raise MemoryError("no memory for the scheduler's arrays")
-        b.at, b.capacity = at, capacity
-    b.size += count
-    return b.at + b.size - count
-
-
-cdef inline void _drop(Buffer* b) noexcept:
-    free(b.at)
-    memset(b, 0, sizeof(Buffer))
-
-
-cdef struct Slot:
-    uint32_t epoch  # counts the residents; a row of an earlier one is recognised by it
-    int32_t known
-    int32_t inflight
-    int32_t computed
-    int32_t committed
-    int32_t max_len
-    int32_t min_len
-    int32_t relay  # position of the token last sampled here, or -1
-    int32_t published  # leading blocks that need no (further) publishing
-    int32_t num_stops
-    bint ignore_eos
-    bint publishes
-    bint used
-    double rank
-    int64_t serial
-    Hash hash  # identity of the first `published` blocks
-    int32_t* stops
-    Buffer tokens
-    Buffer blocks
-
-
-cdef struct Row:  # what the host remembers of a planned row until its result comes
-    int32_t slot
-    uint32_t epoch
-    int32_t end
-    int32_t sampled
+include "plan.pxi"
+include "slot.pxi"
 
 
 cdef class SlotTable:
@@ -106,7 +34,7 @@ cdef class SlotTable:
     cdef int32_t* eos
     cdef int num_eos, cursor
     cdef bint chunks
-    cdef Buffer relayed, inlined, tokens, updates, copies
+    cdef PlanBuffer plan
 
     def __cinit__(self, BlockPool pool, int num_slots, eos_ids=(), int epoch=0, int watermark=0):
         cdef int i
@@ -120,6 +48,7 @@ cdef class SlotTable:
             self.vacant[i] = num_slots - 1 - i
         self.owners = [None] * num_slots
         self.records = deque()
+        self.plan = PlanBuffer()
         self.num_eos = len(eos_ids)
         self.eos = <int32_t*>_alloc(self.num_eos * sizeof(int32_t))
         for i in range(self.num_eos):
@@ -129,10 +58,8 @@ cdef class SlotTable:
         cdef int i
         if self.slots is not NULL:
             for i in range(self.num_slots):
-                self._clear(&self.slots[i])
+                _clear(&self.slots[i])
         free(self.slots); free(self.order); free(self.vacant); free(self.eos)
-        _drop(&self.relayed); _drop(&self.inlined); _drop(&self.tokens)
-        _drop(&self.updates); _drop(&self.copies)
 
     # -- residents -----------------------------------------------------------------------------------
 
@@ -154,8 +81,6 @@ cdef class SlotTable:
         """Takes a vacant slot and gives it a place in the order."""
         cdef int slot, i
         cdef Slot* s
-        if self.num_running == self.num_slots:
-            raise ValueError("all slots are taken")
         slot = self.vacant[self.num_slots - self.num_running - 1]
         i = self.num_running
         while i:
@@ -168,34 +93,29 @@ cdef class SlotTable:
         self.num_running += 1
         self.owners[slot] = owner
         s = &self.slots[slot]
-        s.used, s.rank, s.serial, s.relay = True, rank, serial, NOTHING
+        s.used, s.rank, s.serial, s.relay = True, rank, serial, -1
         return slot
 
-    cdef void _clear(self, Slot* s) noexcept:
-        """Back to an empty slot of the next epoch. The blocks must have been given back."""
-        cdef uint32_t epoch = s.epoch + 1
-        _drop(&s.tokens)
-        _drop(&s.blocks)
-        free(s.stops)
-        memset(s, 0, sizeof(Slot))
-        s.epoch = epoch
-
     def admit(
-        self, owner, const int32_t[::1] tokens, bytes chain, *, int prompt_len, int max_len, int min_len,
+        self, owner, const int32_t[::1] tokens, bytes chain, *, int max_len, int min_len,
         const int32_t[::1] stop_ids, bint ignore_eos, tuple rank,
     ) -> tuple | None:
         """Seats a sequence in the step being planned, and plans its first row.
 
-        `rank` is its place in the order, (rank, serial). All blocks of its tokens are taken now, cached ones first, so that a long prompt is never
-        stuck half way. Returns (slot, tokens found in the cache), or None if the blocks do not suffice.
+        `rank` is its place in the order, (rank, serial). All blocks of its tokens are taken now, cached
+        ones first, so that a long prompt is never stuck half way. Returns (slot, tokens found in the
+        cache), or None if the blocks do not suffice.
         """
         cdef BlockPool pool = self.pool
         cdef int n = tokens.shape[0], total, matched = 0, revived = 0, block, slot, i, limit
         cdef Hash h
         cdef Buffer blocks
         cdef Slot* s
-        if not 1 <= n < max_len or not 1 <= prompt_len <= n or self.budget < 1:
-            raise ValueError(f"cannot admit {n} tokens of at most {max_len} with a budget of {self.budget}")
+        if not 1 <= n < max_len or self.budget < 1 or self.num_running == self.num_slots:
+            raise ValueError(
+                f"cannot admit {n} tokens of at most {max_len} with a budget of {self.budget} and "
+                f"{self.num_slots - self.num_running} vacant slots"
+            )
         total = (n + pool.block_size - 1) // pool.block_size
         if total - pool._matchable(chain, n) > pool.num_free:
             return None
@@ -221,7 +141,7 @@ cdef class SlotTable:
         for i in range(matched, total):
             blocks.at[i] = pool._allocate()
         for i in range(total):
-            self._update(slot, i, blocks.at[i])
+            self.plan.update(slot, i, blocks.at[i])
         memcpy(_push(&s.tokens, n), &tokens[0], n * sizeof(int32_t))
         s.known, s.max_len, s.min_len, s.ignore_eos = n, max_len, min_len, ignore_eos
         s.computed = s.committed = matched * pool.block_size
@@ -232,7 +152,7 @@ cdef class SlotTable:
             self.query_tokens += n
             self.hit_tokens += s.computed
         self._row(slot, s, min(n - s.computed, self.budget))
-        return slot, s.computed
+        return slot, matched * pool.block_size
 
     def fork(self, int parent, owner, int prompt_len, bytes chain, tuple rank) -> int:
         """Seats a sibling on the prompt of `parent`, all of which earlier steps compute.
@@ -245,8 +165,11 @@ cdef class SlotTable:
         cdef Slot* p = self._slot(parent)
         cdef Slot* s
         cdef int slot, i, block, last = prompt_len - 1, shared = last // pool.block_size
-        if p.computed < prompt_len or self.budget < 1:
-            raise ValueError(f"slot {parent} has planned {p.computed} of a prompt of {prompt_len} tokens")
+        if p.computed < prompt_len or self.budget < 1 or self.num_running == self.num_slots:
+            raise ValueError(
+                f"cannot fork slot {parent}, {p.computed} of {prompt_len} tokens planned, with a budget of "
+                f"{self.budget} and {self.num_slots - self.num_running} vacant slots"
+            )
         if pool.num_free == 0:
             return -1
         slot = self._enter(owner, rank[0], rank[1])
@@ -256,10 +179,9 @@ cdef class SlotTable:
             pool._retain(s.blocks.at[i])
         s.blocks.at[shared] = block = pool._allocate()
         for i in range(shared + 1):
-            self._update(slot, i, s.blocks.at[i])
+            self.plan.update(slot, i, s.blocks.at[i])
         if last % pool.block_size:
-            pair = _push(&self.copies, 2)
-            pair[0], pair[1] = p.blocks.at[shared], block
+            self.plan.copy(p.blocks.at[shared], block)
         memcpy(_push(&s.tokens, prompt_len), p.tokens.at, prompt_len * sizeof(int32_t))
         s.known, s.max_len, s.min_len, s.ignore_eos = prompt_len, p.max_len, p.min_len, p.ignore_eos
         # Results come in the order of plans: what the parent has in flight is there before this row is.
@@ -284,11 +206,9 @@ cdef class SlotTable:
             place += 1
         self.num_running -= 1
         memmove(&self.order[place], &self.order[place + 1], (self.num_running - place) * sizeof(int32_t))
-        if self.cursor > place:
-            self.cursor -= 1
         self.vacant[self.num_slots - self.num_running - 1] = slot
         self.owners[slot] = None
-        self._clear(s)
+        _clear(s)
 
     def last(self) -> object:
         """The owner that is the last in the order."""
@@ -326,8 +246,7 @@ cdef class SlotTable:
     def begin(self, int budget) -> None:
         """Starts a step of at most `budget` computed tokens."""
         self.budget, self.cursor, self.chunks = budget, 0, False
-        self.relayed.size = self.inlined.size = self.tokens.size = 0
-        self.updates.size = self.copies.size = 0
+        self.plan.clear()
 
     def plan_running(self) -> bool:
         """Plans rows for the running sequences: those short of one token first, so that a long prompt
@@ -345,7 +264,7 @@ cdef class SlotTable:
                     if i < 0:
                         return False
                     _push(&s.blocks, 1)[0] = i
-                    self._update(slot, <int>s.blocks.size - 1, i)
+                    self.plan.update(slot, <int>s.blocks.size - 1, i)
                 self._row(slot, s, 1)
             elif missing > 1:
                 self.chunks = True
@@ -358,62 +277,35 @@ cdef class SlotTable:
                     self._row(self.order[i], s, min(missing, self.budget))
         return True
 
-    cdef inline int _update(self, int slot, int index, int block) except -1:
-        cdef int32_t* u = _push(&self.updates, 3)
-        u[0], u[1], u[2] = slot, index, block
-        return 0
-
     cdef inline int _row(self, int slot, Slot* s, int count) except -1:
-        cdef int start = s.computed, end = s.computed + count, flags = 0
-        cdef int32_t* row
+        cdef int start = s.computed, end = start + count, flags = RELAY if start == s.relay else 0
         if end == s.known + s.inflight:
-            flags = SAMPLE
+            flags |= SAMPLE
             s.inflight += 1
-        if start == s.relay:
-            flags |= RELAY
-            row = _push(&self.relayed, 4)
-        else:
-            row = _push(&self.inlined, 4)
-            memcpy(_push(&self.tokens, count), s.tokens.at + start, count * sizeof(int32_t))
-        if flags & SAMPLE:
             s.relay = end
-        row[0], row[1], row[2], row[3] = slot, start, count, flags
         s.computed = end
         self.budget -= count
-        return 0
+        return self.plan.row(slot, start, count, flags, s.tokens.at + start)
 
     def finish(self, bytes payload=b"") -> bytes | None:
         """Ends the step: the plan as `wire.plan` draws it, or None if it has no row."""
-        cdef Py_ssize_t relayed = self.relayed.size // 4, rows = relayed + self.inlined.size // 4, i
+        cdef Py_ssize_t rows = self.plan.rows(), i
         cdef bytes plan, record
-        cdef int32_t* out
         cdef int32_t* row
         cdef Row* memo
         cdef int sampled = 0
         if rows == 0:
             return None
         self.step = (self.step + 1) & 0x7FFFFFFF  # it travels as an int32
-        plan = PyBytes_FromStringAndSize(
-            NULL,
-            sizeof(int32_t)
-            * (HEADER + 4 * rows + self.updates.size + self.copies.size + self.tokens.size)
-            + len(payload),
-        )
-        out = <int32_t*><char*>plan
-        out[0], out[1], out[2], out[3] = self.epoch, <int32_t>self.step, <int32_t>rows, <int32_t>self.tokens.size
-        out[4], out[5] = <int32_t>(self.updates.size // 3), <int32_t>(self.copies.size // 2)
-        out[6], out[7] = <int32_t>len(payload), 0
-        row = out + HEADER
-        out = _append(_append(row, &self.relayed), &self.inlined)
-        out = _append(_append(_append(out, &self.updates), &self.copies), &self.tokens)
-        memcpy(out, <char*>payload, len(payload))
+        plan = self.plan.join(self.epoch, <int>self.step, payload)
+        row = <int32_t*><char*>plan + HEADER
         record = PyBytes_FromStringAndSize(NULL, rows * sizeof(Row))
         memo = <Row*><char*>record
         for i in range(rows):
             memo[i].slot, memo[i].epoch = row[0], self.slots[row[0]].epoch
             memo[i].end, memo[i].sampled = row[1] + row[2], row[3] & SAMPLE
             sampled += memo[i].sampled
-            row += 4
+            row += ROW
         self.records.append((self.step, sampled, record))
         return plan
 
@@ -539,23 +431,3 @@ cdef class SlotTable:
         for i in range(self.pool.num_blocks):
             if refs[i] != self.pool.refs_[i]:
                 raise RuntimeError(f"block {i} has {self.pool.refs_[i]} references; slots hold {refs[i]}")
-
-
-cdef int _set_stops(Slot* s, const int32_t* ids, int count) except -1:
-    s.stops = <int32_t*>_alloc(count * sizeof(int32_t))
-    s.num_stops = count
-    memcpy(s.stops, ids, count * sizeof(int32_t))
-    return 0
-
-
-cdef inline bint _in(int32_t token, const int32_t* ids, int count) noexcept:
-    cdef int i
-    for i in range(count):
-        if ids[i] == token:
-            return True
-    return False
-
-
-cdef inline int32_t* _append(int32_t* out, Buffer* b) noexcept:
-    memcpy(out, b.at, b.size * sizeof(int32_t))
-    return out + b.size

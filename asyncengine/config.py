@@ -226,11 +226,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 def resolve(args: EngineArgs, spec: ModelSpec) -> EngineConfig:
     """Decides what `args` left open, for a model on this machine. Raises `ConfigError`."""
     check_parallel(spec, args.tensor_parallel_size)
-    max_model_len = args.max_model_len or spec.max_position
-    if max_model_len > spec.max_position:
+    max_model_len = args.max_model_len or spec.max_context
+    if max_model_len > spec.max_context:
         args.refuse(
             "max_model_len",
-            f"exceeds the {spec.max_position} positions the model was made for; to extend it, declare so "
+            f"exceeds the {spec.max_context} positions the model was made for; to extend it, declare so "
             "with hf_overrides={'max_position_embeddings': ..., 'rope_parameters': ...}",
         )
     batched = args.max_num_batched_tokens

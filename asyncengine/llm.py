@@ -370,7 +370,7 @@ async def gather(
     submit: Callable[[int], GenerationStream], count: int, *, use_tqdm: bool
 ) -> list[RequestOutput]:
     """Submits requests 0 to `count` and awaits them all; waits for room where the queue is full."""
-    from tqdm import tqdm  # type: ignore[import-untyped]  # arrives with huggingface_hub
+    from tqdm import tqdm  # arrives with huggingface_hub
 
     outputs: dict[asyncio.Task[RequestOutput], int] = {}
     pending: set[asyncio.Task[RequestOutput]] = set()

@@ -90,7 +90,10 @@ AE_INLINE void load_tile_as(int type, attention_tile *t, const attention *a, con
         const int64_t at = ((table[number] * a->kv_heads + head) * a->block + offset) * size;
         key[i] = a->keys + at;
         t->value[i] = (const float *)(a->values + at);
-        for (int64_t line = 0; line < size; line += 64) __builtin_prefetch(a->values + at + line);
+        for (int64_t byte = 0; byte < size; byte += 64) { /* blocks lie anywhere: no hardware can guess */
+            __builtin_prefetch(key[i] + byte);
+            __builtin_prefetch((const char *)t->value[i] + byte);
+        }
         if (++offset == a->block) offset = 0, number++;
     }
     /* Vectors of keys reach beyond the ends; any key does there, for its score is never used. */

@@ -37,17 +37,20 @@
 #define MAX_BLOCK_K ((int64_t)(AE_SCRATCH / 2 / MAX_ROWS / 64 * 64))
 
 typedef struct tile {
-    const char *x; /* row 0 at the first k of this block; pairs of bf16 in the dot-product kernels */
-    int64_t x_stride; /* bytes */
-    const char *w; /* first panel, at the first k */
-    int64_t w_stride; /* bytes between panels */
-    int64_t k; /* length of the block */
+    const char *x;     /* row 0 at the first k of this block; bf16 in the dot-product kernels */
+    int64_t x_stride;  /* bytes */
+    const char *w;     /* first panel at the first k */
+    int64_t w_stride;  /* bytes between panels */
+    int64_t k;         /* length of the block */
     float *out;
     int64_t out_stride;
-    const float *bias;    /* added by the last block, or NULL */
-    int64_t columns;      /* columns that exist from the first panel on */
-    int resume;           /* sums continue from `out` */
+    const float *bias; /* added by the last block, or NULL */
+    int64_t columns;   /* columns that exist from the first panel on */
+    int resume;        /* sums continue from `out` */
 } tile;
+
+/* Tiles of many rows compute too long per line of weights for the processor to look far enough ahead. */
+#define PREFETCH(line) __builtin_prefetch((line) + 2048)
 
 #define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
 
@@ -67,6 +70,7 @@ AE_INLINE void tile_run(const tile *t, const int type, const int rows, const int
     if (type == AE_F32) {
         for (int64_t k = 0; k < t->k; k++, w += AE_PANEL * 4) {
             vf b[8];
+            EACH(v, vectors) if (AT(v) % 16 == 0) PREFETCH(PANEL(v) + AT(v) * 4);
             EACH(v, vectors) b[v] = vf_load((const float *)PANEL(v) + AT(v));
             EACH(m, rows) {
                 vf a = X(m, k);
@@ -76,6 +80,7 @@ AE_INLINE void tile_run(const tile *t, const int type, const int rows, const int
     } else if (type == AE_F16) {
         for (int64_t k = 0; k < t->k; k++, w += AE_PANEL * 2) {
             vf b[8];
+            EACH(v, vectors) if (AT(v) == 0) PREFETCH(PANEL(v));
             EACH(v, vectors) b[v] = vf_load_f16((const uint16_t *)PANEL(v) + AT(v));
             EACH(m, rows) {
                 vf a = X(m, k);
@@ -86,6 +91,7 @@ AE_INLINE void tile_run(const tile *t, const int type, const int rows, const int
 #if defined(AE_LEVEL_AVX512BF16)
         for (int64_t k = 0; k < t->k; k += 2, w += AE_PANEL * 4) {
             vi b[8];
+            EACH(v, vectors) if (AT(v) % 16 == 0) PREFETCH(PANEL(v) + AT(v) * 4);
             EACH(v, vectors) b[v] = vi_load((const uint32_t *)PANEL(v) + AT(v));
             EACH(m, rows) {
                 __m512bh a = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(x + m * xs + k * 2));
@@ -96,6 +102,7 @@ AE_INLINE void tile_run(const tile *t, const int type, const int rows, const int
         int64_t k = 0;
         for (; k + 1 < t->k; k += 2, w += AE_PANEL * 4) {
             vf even[8], odd[8];
+            EACH(v, vectors) if (AT(v) % 16 == 0) PREFETCH(PANEL(v) + AT(v) * 4);
             EACH(v, vectors) {
                 vi b = vi_load((const uint32_t *)PANEL(v) + AT(v));
                 even[v] = vi_low_bf16(b);
@@ -211,8 +218,12 @@ static void linear_block(tile t, int type, int64_t rows, int64_t panels) {
             int wide = blocks == 1 && p + WIDE(n) <= panels;
             u.x = t.x + first * t.x_stride;
             u.out = t.out + first * t.out_stride;
-            (wide ? wide_tiles : tiles)[n - 1][type](&u);
-            step = wide ? WIDE(n) : 1;
+            if (wide) {
+                step = WIDE(n);
+                wide_tiles[n - 1][type](&u);
+            } else {
+                tiles[n - 1][type](&u);
+            }
         }
         p += step;
         t.w += step * t.w_stride;
@@ -271,6 +282,7 @@ static void k_linear(const ae_op *op, const ae_step *step, const ae_thread *thre
 #undef BLOCK_K
 #undef GROUP_PANELS
 #undef MAX_BLOCK_K
+#undef PREFETCH
 #undef EACH
 #undef TILE
 #undef ROW

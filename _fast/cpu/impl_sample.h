@@ -209,11 +209,14 @@ static int32_t rank_of(const float *x, int64_t n, int32_t token) {
     return rank;
 }
 
+/* The value of an option for row s. */
+#define OPTION(name, otherwise) (a->name ? a->name[s] : (otherwise))
+
 /* Penalties and bans, on a copy of the row's logits. */
 static void penalize(const ae_sample *a, int64_t s, float *y) {
-    const int32_t *counts = (const int32_t *)(uintptr_t)a->counts[s];
-    const uint8_t *prompt = (const uint8_t *)(uintptr_t)a->prompt_mask[s];
-    const float r = a->repetition[s], f = a->frequency[s], p = a->presence[s];
+    const int32_t *counts = (const int32_t *)(uintptr_t)OPTION(counts, 0);
+    const uint8_t *prompt = (const uint8_t *)(uintptr_t)OPTION(prompt_mask, 0);
+    const float r = OPTION(repetition, 1.0f), f = OPTION(frequency, 0.0f), p = OPTION(presence, 0.0f);
     if (r != 1.0f && (counts || prompt)) {
         for (int64_t i = 0; i < a->vocab; i++) {
             int seen = (prompt && prompt[i]) || (counts && counts[i] > 0);
@@ -221,68 +224,78 @@ static void penalize(const ae_sample *a, int64_t s, float *y) {
         }
     }
     if ((f != 0.0f || p != 0.0f) && counts) {
-        for (int64_t i = 0; i < a->vocab; i++)
-            y[i] -= f * (float)counts[i] + (counts[i] > 0 ? p : 0.0f);
+        for (int64_t i = 0; i < a->vocab; i++) y[i] -= f * (float)counts[i] + (counts[i] > 0 ? p : 0.0f);
     }
+    if (!a->banned_start) return;
     for (int32_t i = a->banned_start[s]; i < a->banned_start[s + 1]; i++)
         if (a->banned[i] >= 0 && a->banned[i] < a->vocab) y[a->banned[i]] = -INFINITY;
 }
 
-/* One row's token, or -1. y and w are this thread's, of `padded` floats. */
-static int32_t sample_row(const ae_sample *a, int64_t s, const float *x, float *y, float *w, int64_t padded) {
+static int has_changes(const ae_sample *a, int64_t s) {
+    return OPTION(counts, 0) || OPTION(prompt_mask, 0) ||
+           (a->banned_start && a->banned_start[s] != a->banned_start[s + 1]);
+}
+
+/* A copy of x, followed by -inf up to whole blocks. */
+static void copy_row(float *y, const float *x, int64_t vocab, int64_t padded) {
+    memcpy(y, x, (size_t)vocab * sizeof *y);
+    for (int64_t i = vocab; i < padded; i++) y[i] = -INFINITY;
+}
+
+/* One row's token, or -1; `max` is its largest logit. y and w are this thread's, of `padded` floats. */
+static int32_t draw_row(const ae_sample *a, int64_t s, const float *x, float max, float *y, float *w,
+                        int64_t padded) {
     const int64_t V = a->vocab;
-    for (int64_t i = V; i < padded; i++) y[i] = -INFINITY;
-    memcpy(y, x, (size_t)V * sizeof *y);
-    penalize(a, s, y);
-    float max = largest(y, V);
-    if (isnan(max)) return -1;
-    const float temperature = a->temperature[s];
-    if (temperature < AE_GREEDY) return first_equal(y, V, max);
+    const float temperature = OPTION(temperature, 0.0f);
+    const int greedy = temperature < AE_GREEDY, changes = has_changes(a, s);
+    if (greedy && !changes) return first_equal(x, V, max);
+    copy_row(y, x, V, padded);
+    if (changes) {
+        penalize(a, s, y);
+        max = largest(y, V);
+        if (isnan(max)) return -1;
+    }
+    if (greedy) return first_equal(y, V, max);
     for (int64_t i = 0; i < V; i++) y[i] /= temperature;
     max /= temperature;
     weigh(w, y, padded, max);
-    if (a->top_k[s] > 0 && a->top_k[s] < V) keep_top_k(y, w, padded, a->top_k[s], max);
-    if (a->top_p[s] < 1.0f) keep_top_p(y, w, padded, a->top_p[s], max);
-    uint64_t key = mix64(a->seed[s] + NOISE_STEP * ((uint64_t)a->position[s] + 1));
-    return draw(y, w, padded, max, a->min_p[s], key);
+    const int64_t k = OPTION(top_k, 0);
+    if (k > 0 && k < V) keep_top_k(y, w, padded, k, max);
+    const float p = OPTION(top_p, 1.0f);
+    if (p < 1.0f) keep_top_p(y, w, padded, p, max);
+    const uint64_t key = mix64(OPTION(seed, 0) + NOISE_STEP * ((uint64_t)OPTION(position, 0) + 1));
+    return draw(y, w, padded, max, OPTION(min_p, 0.0f), key);
 }
 
-static int unchanged(const ae_sample *a, int64_t s) {
-    int seen = a->counts[s] || a->prompt_mask[s];
-    return (!seen || (a->repetition[s] == 1.0f && a->frequency[s] == 0.0f && a->presence[s] == 0.0f)) &&
-           a->banned_start[s] == a->banned_start[s + 1];
+/* Logprobs of row s, whose drawn token is `token` and whose largest logit is `max`. */
+static void report(const ae_sample *a, int64_t s, const float *x, float max, int32_t token, float *y, float *w,
+                   int64_t padded) {
+    const int64_t n = OPTION(num_logprobs, -1);
+    if (n < 0) return;
+    if (token < 0) {
+        a->logprob[s] = NAN;
+        a->rank[s] = 0;
+        for (int64_t i = 0; i < n; i++) a->top_ids[s * a->max_logprobs + i] = -1;
+        for (int64_t i = 0; i < n; i++) a->top_logprobs[s * a->max_logprobs + i] = NAN;
+        return;
+    }
+    copy_row(y, x, a->vocab, padded);
+    const double log_total = (double)max + log(weigh(w, y, padded, max));
+    a->logprob[s] = (float)((double)x[token] - log_total);
+    a->rank[s] = rank_of(x, a->vocab, token);
+    list_top(a, s, x, n, max, log_total, (uint64_t *)y); /* y and w together hold one of these per id */
 }
 
 static void k_sample(const ae_sample *a, const ae_thread *thread) {
     const int64_t V = a->vocab, padded = ae_sample_padded(V);
     float *y = a->workspace + thread->tid * 2 * padded, *w = y + padded;
-    int64_t s;
-    while ((s = ae_next(thread, a->rows, 1)) >= 0) {
+    for (int64_t s; (s = ae_next(thread, a->rows, 1)) >= 0;) {
         const float *x = a->logits + s * V;
-        const int64_t n = a->num_logprobs[s];
         const float max = largest(x, V);
-        int32_t token = -1;
-        if (!isnan(max)) {
-            /* Greedy rows need no copy. */
-            token = a->temperature[s] < AE_GREEDY && unchanged(a, s) ? first_equal(x, V, max)
-                                                                     : sample_row(a, s, x, y, w, padded);
-        }
+        const int32_t token = isnan(max) ? -1 : draw_row(a, s, x, max, y, w, padded);
         a->tokens[s] = token;
-        if (n < 0) continue;
-        if (token < 0) {
-            a->logprob[s] = NAN;
-            a->rank[s] = 0;
-            for (int64_t i = 0; i < n; i++) {
-                a->top_ids[s * a->max_logprobs + i] = -1;
-                a->top_logprobs[s * a->max_logprobs + i] = NAN;
-            }
-            continue;
-        }
-        for (int64_t i = V; i < padded; i++) y[i] = -INFINITY;
-        memcpy(y, x, (size_t)V * sizeof *y);
-        double log_total = (double)max + log(weigh(w, y, padded, max));
-        a->logprob[s] = (float)((double)x[token] - log_total);
-        a->rank[s] = rank_of(x, V, token);
-        list_top(a, s, x, n, max, log_total, (uint64_t *)y); /* y and w hold V of these */
+        report(a, s, x, max, token, y, w, padded);
     }
 }
+
+#undef OPTION

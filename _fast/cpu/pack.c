@@ -36,24 +36,27 @@ static int64_t chunk_end(const ae_source *s, int64_t col) {
     return end < s->col_stop ? end : s->col_stop;
 }
 
-/* Staged columns [k, k + count) of lanes [lane, lane + lanes), into their panel. */
+/* Staged columns [k, k + count) of lanes [lane, lane + lanes), into their panel. Runs of 16 columns keep the
+ * cache lines that are written few enough to stay in L1. */
 static void interleave(char *panel, const char *staged, int type, int64_t k, int64_t count, int lane, int lanes) {
-    if (type == AE_F32) {
-        uint32_t *d = (uint32_t *)panel + k * AE_PANEL + lane;
-        const uint32_t *s = (const uint32_t *)staged;
-        for (int64_t i = 0; i < count; i++, d += AE_PANEL)
-            for (int r = 0; r < lanes; r++) d[r] = s[r * STRIDE + i];
-    } else if (type == AE_F16) {
-        uint16_t *d = (uint16_t *)panel + k * AE_PANEL + lane;
-        const uint16_t *s = (const uint16_t *)staged;
-        for (int64_t i = 0; i < count; i++, d += AE_PANEL)
-            for (int r = 0; r < lanes; r++) d[r] = s[r * STRIDE + i];
-    } else {
-        const uint16_t *s = (const uint16_t *)staged;
-        for (int64_t i = 0; i < count; i++) {
-            int64_t at = k + i;
-            uint16_t *d = (uint16_t *)panel + at / 2 * 2 * AE_PANEL + lane * 2 + (at & 1);
-            for (int r = 0; r < lanes; r++) d[r * 2] = s[r * STRIDE + i];
+    for (int64_t i = 0; i < count; i += 16) {
+        const int64_t n = count - i < 16 ? count - i : 16, at = k + i;
+        for (int r = 0; r < lanes; r++) {
+            const uint32_t *words = (const uint32_t *)staged + r * STRIDE + i;
+            const uint16_t *halves = (const uint16_t *)staged + r * STRIDE + i;
+            if (type == AE_F32) {
+                uint32_t *d = (uint32_t *)panel + at * AE_PANEL + lane + r;
+                for (int64_t j = 0; j < n; j++) d[j * AE_PANEL] = words[j];
+            } else if (type == AE_F16) {
+                uint16_t *d = (uint16_t *)panel + at * AE_PANEL + lane + r;
+                for (int64_t j = 0; j < n; j++) d[j * AE_PANEL] = halves[j];
+            } else {
+                uint16_t *d = (uint16_t *)panel + (lane + r) * 2;
+                int64_t j = at;
+                if (at % 2 == 0)
+                    for (; j + 1 < at + n; j += 2) memcpy(d + j * AE_PANEL, halves + j - at, 4);
+                for (; j < at + n; j++) d[j / 2 * 2 * AE_PANEL + j % 2] = halves[j - at];
+            }
         }
     }
 }
@@ -66,7 +69,7 @@ static void pack_panels(void *arg, const ae_thread *thread) {
     const int64_t panels = (stop + AE_PANEL - 1) / AE_PANEL - first;
     const int size = j->type == AE_F32 ? 4 : 2;
     float wide[CHUNK];
-    char staged[AE_PANEL * STRIDE * 4];
+    _Alignas(64) char staged[AE_PANEL * STRIDE * 4];
     for (int64_t i; (i = ae_next(thread, panels, 1)) >= 0;) {
         int64_t base = (first + i) * AE_PANEL;
         int64_t lo = base > j->row_offset ? base : j->row_offset, hi = base + AE_PANEL < stop ? base + AE_PANEL : stop;

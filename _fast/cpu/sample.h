@@ -33,32 +33,35 @@
 
 #define AE_GREEDY 1e-5f
 
+struct ae_team;
+struct ae_kernels;
+
 typedef struct ae_sample {
     int64_t rows, vocab;
-    const float *logits;          /* [rows, vocab] */
-    const float *temperature;     /* [rows] as are all below unless it says otherwise */
-    const int32_t *top_k;         /* < 1: off */
-    const float *top_p;           /* >= 1: off */
-    const float *min_p;           /* 0: off */
+    const float *logits; /* [rows, vocab] */
+
+    /* [rows] each, or NULL: temperature 0, all else off */
+    const float *temperature;
+    const int32_t *top_k; /* < 1: off */
+    const float *top_p;   /* >= 1: off */
+    const float *min_p;   /* 0: off */
     const float *presence, *frequency, *repetition;
     const uint64_t *seed;
     const int64_t *position;
-    const uint64_t *counts;       /* address of int32 [vocab], occurrences in the output; 0: none */
-    const uint64_t *prompt_mask;  /* address of uint8 [vocab], non-zero where the prompt has the id; 0: none */
-    const int32_t *banned_start;  /* [rows + 1] row s bans banned[banned_start[s] .. banned_start[s + 1]) */
-    const int32_t *banned;        /* ids; those outside the vocabulary are passed over */
-    const int32_t *num_logprobs;  /* -1: none wanted; n: the drawn token's and the n largest */
-    int64_t max_logprobs;         /* width of top_ids and top_logprobs; >= every num_logprobs */
-    float *workspace;             /* ae_sample_workspace() bytes, 64-byte aligned */
+    const uint64_t *counts;      /* address of int32 [vocab], occurrences in the output; 0: none */
+    const uint64_t *prompt_mask; /* address of uint8 [vocab], 1 where the prompt has the id; 0: none */
+    const int32_t *banned_start; /* [rows + 1] row s bans banned[banned_start[s] .. banned_start[s + 1]) */
+    const int32_t *banned;       /* ids; those outside the vocabulary are passed over */
+    const int32_t *num_logprobs; /* -1: none wanted; n: the drawn token's and the n largest */
+    int64_t max_logprobs;        /* width of top_ids and top_logprobs; >= every num_logprobs */
+    float *workspace;            /* ae_sample_workspace() bytes, 64-byte aligned */
 
-    int32_t *tokens;              /* the outputs; logprob outputs are written where num_logprobs >= 0 */
+    int32_t *tokens; /* the outputs; those of logprobs are written where num_logprobs >= 0 */
     float *logprob;
-    int32_t *rank;                /* from 1, in the order of the top ids */
-    int32_t *top_ids;             /* [rows, max_logprobs] largest first, -1 past the vocabulary's end */
-    float *top_logprobs;          /* [rows, max_logprobs] */
+    int32_t *rank;       /* from 1, in the order of the top ids */
+    int32_t *top_ids;    /* [rows, max_logprobs] largest first, -1 past the vocabulary's end */
+    float *top_logprobs; /* [rows, max_logprobs] */
 } ae_sample;
-
-typedef void (*ae_sampler)(const ae_sample *args, const ae_thread *thread);
 
 /* Rows of the workspace are padded to whole blocks. */
 static inline int64_t ae_sample_padded(int64_t vocab) { return (vocab + 63) / 64 * 64; }
@@ -66,3 +69,6 @@ static inline int64_t ae_sample_padded(int64_t vocab) { return (vocab + 63) / 64
 static inline size_t ae_sample_workspace(int num_threads, int64_t vocab) {
     return (size_t)num_threads * 2 * (size_t)ae_sample_padded(vocab) * sizeof(float);
 }
+
+/* Draws on the whole team. -1 in a child of fork(), which has no team. */
+int ae_sample_run(struct ae_team *team, const struct ae_kernels *kernels, const ae_sample *args);

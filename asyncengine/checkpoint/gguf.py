@@ -42,7 +42,7 @@ _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL | re.ASCII)
 class GGUFFile:
     """A GGUF model, a `Checkpoint`. Of a model in several files the path of any one will do.
 
-    `arrays=False` leaves arrays out of the metadata: who only loads tensors has no use for the vocabulary.
+    `arrays=False` leaves long arrays out of the metadata: who only loads tensors needs no vocabulary.
     Raises `ModelLoadError` for anything that is not a whole, well-formed file.
 
     Where the converter has interleaved the rows of query and key heads (architecture `llama`), `tensor`

@@ -18,6 +18,7 @@ __all__ = ["SUPPORTED", "TensorInfo", "read_header"]
 MAX_METADATA_BYTES = 128 << 20
 MAX_ARRAY_ITEMS = 1 << 24
 MAX_DIMS = 4
+SHORT_ARRAY = 4096
 DEFAULT_ALIGNMENT = 32
 
 _U32 = struct.Struct("<I")
@@ -58,7 +59,9 @@ class TensorInfo(NamedTuple):
 
 
 def read_header(file: MappedFile, *, arrays: bool) -> tuple[dict[str, Any], list[TensorInfo]]:
-    """Metadata by key, with arrays as lists or left out, and all tensors in the file's order.
+    """Metadata by key, with arrays as lists, and all tensors in the file's order.
+
+    `arrays=False` leaves out arrays of more than `SHORT_ARRAY` items.
 
     Raises `ModelLoadError` where the file is not GGUF, damaged or cut short.
     """
@@ -72,17 +75,12 @@ def read_header(file: MappedFile, *, arrays: bool) -> tuple[dict[str, Any], list
         file.fail(f"has GGUF version {version}; versions 2 and 3 are read, so convert the model again")
     num_tensors = reader.count(32)
     metadata: dict[str, Any] = {}
-    skipped: set[str] = set()
     for _ in range(reader.count(13)):
         key = reader.string()
-        if key in metadata or key in skipped:
+        if key in metadata:
             file.fail(f"is damaged: it has metadata {key!r} twice")
-        code = reader.u32()
-        value = reader.value(code, arrays)
-        if code == _ARRAY and not arrays:
-            skipped.add(key)
-        else:
-            metadata[key] = value
+        metadata[key] = reader.value(reader.u32(), arrays)
+    metadata = {key: value for key, value in metadata.items() if value is not None}
     raw = [_read_tensor(reader) for _ in range(num_tensors)]
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment not in (1 << n for n in range(21)):
@@ -179,7 +177,7 @@ class _Reader:
             return self.array(arrays)
         self.file.fail(f"is damaged: it has metadata of the unknown type {code}")
 
-    def array(self, wanted: bool) -> list[Any]:
+    def array(self, arrays: bool) -> list[Any] | None:
         code = self.u32()
         form = _SCALARS.get(code)
         if form is None and code != _STRING:
@@ -188,16 +186,17 @@ class _Reader:
         self.items_left -= count
         if self.items_left < 0:
             self.file.fail(f"has metadata arrays of more than {MAX_ARRAY_ITEMS} items together")
+        wanted = arrays or count <= SHORT_ARRAY
         if form is None:
             return self.strings(count, wanted)
         start = self.position
         self.position += count * form.size
         if not wanted:
-            return []
+            return None
         items: list[Any] = np.frombuffer(self.data[start : self.position], form.format).tolist()
         return items
 
-    def strings(self, count: int, wanted: bool) -> list[str]:
+    def strings(self, count: int, wanted: bool) -> list[str] | None:
         # The one hot loop: a vocabulary and its merges are some hundred thousand strings.
         data, limit, position, unpack = self.data, self.limit, self.position, _U64.unpack_from
         result: list[str] = []
@@ -214,4 +213,4 @@ class _Reader:
         except UnicodeDecodeError as error:
             self.file.fail(f"is damaged: a string in its metadata is not UTF-8 ({error})")
         self.position = position
-        return result
+        return result if wanted else None

@@ -71,8 +71,8 @@ def resolve_model(
     `model`: an existing directory or `.gguf` file, else a Hub id, `name` or `owner/name`. Of a repository
     with several GGUF files, `owner/name:Q4_K_M` is the one of that name. `revision` is a branch, tag or
     commit, and all files are of that one commit. `download_dir` replaces huggingface_hub's cache folder.
-    `on_progress(done, total, "bytes")` is called from the downloading threads; the total grows as files
-    are begun.
+    `on_progress(done, total, unit)` is called from the downloading threads, in bytes, or in files by older
+    versions of huggingface_hub; the total grows as files are begun.
 
     Raises `ConfigError` for arguments that cannot be, `ModelLoadError` where the model is not there.
     """
@@ -84,7 +84,7 @@ def resolve_model(
         )
     if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
         raise ConfigError("model must be a path or a Hugging Face Hub id", parameter="model", value=model)
-    name = os.fspath(model)
+    name = os.fsdecode(model)
     path = os.path.expanduser(name)
     if os.path.exists(path):
         if revision is not None:
@@ -94,7 +94,7 @@ def resolve_model(
                 value=revision,
             )
         return _local(name, path, load_format)
-    repository, _, wanted = name.partition(":")
+    repository, colon, wanted = name.partition(":")
     plausible = (
         _ID.fullmatch(repository) and len(repository) <= 96 and not re.search(r"--|\.\.|\.git$", repository)
     )
@@ -102,6 +102,8 @@ def resolve_model(
         raise ModelLoadError(
             f"{name!r} is neither an existing path nor a Hugging Face Hub id such as 'Qwen/Qwen3-0.6B'"
         )
+    if load_format == "safetensors" and colon:
+        raise ModelLoadError(f"{name!r} names a GGUF file, but load_format is 'safetensors'")
     hub = Repository(repository, revision, token, download_dir, on_progress)
     return _remote(name, hub, wanted, load_format)
 
@@ -112,32 +114,31 @@ def _local(name: str, path: str, load_format: str) -> ModelFiles:
             raise ModelLoadError(f"{name} is not a .gguf file; of other models, pass the directory")
         if load_format == "safetensors":
             raise ModelLoadError(f"{name} is a GGUF file, but load_format is 'safetensors'")
-        return ModelFiles(
-            model=name,
-            kind="dummy" if load_format == "dummy" else "gguf",
-            directory=os.path.dirname(path) or ".",
-            gguf_path=path,
-        )
-    names = os.listdir(path)
-    return _choose(name, path, names, load_format, wanted="", revision=None)
+        return _gguf(name, os.path.dirname(path) or ".", os.path.basename(path), load_format, None)
+    try:
+        names = os.listdir(path)
+    except OSError as error:
+        raise ModelLoadError(f"cannot read {path}: {error.strerror or error}") from error
+    return _choose(name, path, names, load_format)
 
 
 def _choose(
-    name: str, directory: str, names: Iterable[str], load_format: str, *, wanted: str, revision: str | None
+    name: str, directory: str, names: Iterable[str], load_format: str, *, revision: str | None = None
 ) -> ModelFiles:
     """The model among the files of a directory."""
     names = sorted(names)
     if load_format == "dummy" and "config.json" in names:
         return ModelFiles(model=name, kind="dummy", directory=directory, revision=revision)
-    if (
-        load_format in ("auto", "safetensors")
-        and not wanted
-        and any(n.endswith(".safetensors") for n in names)
-    ):
-        return ModelFiles(model=name, kind="safetensors", directory=directory, revision=revision)
-    if load_format == "safetensors":
-        raise ModelLoadError(f"{name} holds no *.safetensors file{_pickled(names)}")
-    chosen = _choose_gguf(name, names, wanted, "the path of one" if revision is None else f"'{name}:NAME'")
+    if load_format in ("auto", "safetensors"):
+        if any(n.endswith(".safetensors") for n in names):
+            return ModelFiles(model=name, kind="safetensors", directory=directory, revision=revision)
+        if load_format == "safetensors":
+            raise ModelLoadError(f"{name} holds no *.safetensors file{_pickled(names)}")
+    chosen = _choose_gguf(name, names, "", "the path of one")
+    return _gguf(name, directory, chosen, load_format, revision)
+
+
+def _gguf(name: str, directory: str, chosen: str, load_format: str, revision: str | None) -> ModelFiles:
     return ModelFiles(
         model=name,
         kind="dummy" if load_format == "dummy" else "gguf",
@@ -153,7 +154,7 @@ def _choose_gguf(name: str, names: Iterable[str], wanted: str, instead: str) -> 
     models = [n for n in names if n.endswith(".gguf") and not os.path.basename(n).startswith("mmproj")]
     models = [n for n in models if (part := _SPLIT.search(n)) is None or part[1] == "00001"]
     if wanted:
-        tag = re.compile(rf"(?:^|[-._/]){re.escape(wanted)}(?:[-._/]|$)", re.IGNORECASE)
+        tag = re.compile(rf"(?:^|[-._/]){re.escape(wanted)}(?:[-./]|$)", re.IGNORECASE)
         found = [n for n in models if n == wanted or tag.search(n)]
     else:
         found = models
@@ -176,13 +177,18 @@ def _pickled(names: Iterable[str]) -> str:
 def _remote(name: str, hub: Repository, wanted: str, load_format: str) -> ModelFiles:
     weights = _SAFETENSORS if load_format in ("auto", "safetensors") and not wanted else []
     directory = hub.download(_CONFIG_FILES + weights, _IGNORED)
-    names = os.listdir(directory)
     commit = os.path.basename(directory)
-    complete = any(n.endswith(".safetensors") for n in names) and weights
-    if not complete and not (load_format == "dummy" and "config.json" in names):
-        names = hub.files(directory, commit)
-        if load_format in ("auto", "gguf"):
-            chosen = _choose_gguf(name, names, wanted, f"'{hub.repository}:NAME'")
-            parts = glob.escape(_SPLIT.sub("", chosen)) + "-*-of-*.gguf" if _SPLIT.search(chosen) else ""
-            hub.download([parts or glob.escape(chosen)], None, commit=commit)
-    return _choose(name, directory, names, load_format, wanted=wanted, revision=commit)
+    # Where no file matched, there is no folder either.
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    found = weights and any(n.endswith(".safetensors") for n in names)
+    if found or (load_format == "dummy" and "config.json" in names):
+        return _choose(name, directory, names, load_format, revision=commit)
+    names = hub.files(directory, commit)
+    if load_format == "safetensors":
+        return _choose(name, directory, (n for n in names if "/" not in n), load_format, revision=commit)
+    chosen = _choose_gguf(name, names, wanted, f"'{hub.repository}:NAME'")
+    pattern = glob.escape(chosen)
+    if _SPLIT.search(chosen):
+        pattern = glob.escape(_SPLIT.sub("", chosen)) + "-*-of-*.gguf"
+    hub.download([pattern], None, commit=commit)
+    return _gguf(name, directory, chosen, load_format, commit)

@@ -107,8 +107,8 @@ def _cause(error: BaseException) -> str:
 
 
 def _progress_class(on_progress: OnProgress | None) -> Any:
-    """A tqdm class that shows nothing and reports the bytes of the newest byte-counting bar."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    """A tqdm class that shows nothing and reports bytes, or files where huggingface_hub counts no bytes."""
+    from tqdm import tqdm
 
     class Reporter(tqdm):  # type: ignore[misc]
         monitor_interval = 0
@@ -116,7 +116,7 @@ def _progress_class(on_progress: OnProgress | None) -> Any:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": False, "file": io.StringIO()})
-            if self.unit == "B":
+            if self.unit == "B" or Reporter.newest is None or Reporter.newest.unit != "B":
                 Reporter.newest = self
 
         def display(self, *args: Any, **kwargs: Any) -> bool:
@@ -125,7 +125,8 @@ def _progress_class(on_progress: OnProgress | None) -> Any:
         def update(self, n: float | None = 1) -> bool | None:
             changed: bool | None = super().update(n)
             if on_progress is not None and self is Reporter.newest and self.total:
-                on_progress(min(int(self.n), int(self.total)), int(self.total), "bytes")
+                unit = "bytes" if self.unit == "B" else "files"
+                on_progress(min(int(self.n), int(self.total)), int(self.total), unit)
             return changed
 
     return Reporter

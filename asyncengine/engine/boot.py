@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from .._fast.cpu import Comm
 from ..checkpoint.generation import generation_defaults
 from ..checkpoint.hub import ModelFiles, resolve_model
 from ..checkpoint.model import load_spec
@@ -124,7 +125,7 @@ async def start(args: EngineArgs, on_progress: Callable[[ProgressEvent], None] |
             try:
                 taken = await stage(started)
             except AsyncEngineError as error:
-                if f"stage {name!r}" not in str(error):  # what a worker reports names it already
+                if not str(error).startswith("stage "):  # what a worker reports names it already
                     error.args = (f"stage {name!r} failed: {error}", *error.args[1:])
                 raise
             started.progress(name, 1, 1, "stage")
@@ -160,7 +161,7 @@ async def _config(started: Started) -> int:
     fds = {}
     if config.tensor_parallel_size > 1:
         # Anonymous memory: nothing to clean up under /dev/shm, whatever happens.
-        size = comm_region_bytes(started.spec)
+        size = Comm.bytes_needed(config.tensor_parallel_size, comm_region_bytes(started.spec))
         fds["comm"] = os.memfd_create("asyncengine-comm", os.MFD_CLOEXEC)
         started.undo.callback(os.close, fds["comm"])
         os.ftruncate(fds["comm"], size)

@@ -190,7 +190,7 @@ class WorkerGroup:
         try:
             return await self._stage.done
         except asyncio.CancelledError:
-            self._error = EngineClosedError(f"stage {name!r} was cancelled")
+            self._settle(EngineClosedError(f"stage {name!r} was cancelled"))
             raise
         finally:
             self._stage = None
@@ -314,7 +314,7 @@ class WorkerGroup:
         """The group is dead: ends all ranks, and tells the stage's waiter or else the owner."""
         if self._error is not None:
             return
-        staged = self._stage is not None
+        staged = self._stage is not None and not self._stage.done.done()
         error = kind(message) if staged else EngineDeadError(message)
         if traceback:
             error.add_note(f"In the worker:\n{traceback}")
@@ -333,6 +333,10 @@ class WorkerGroup:
 
 
 def _start_process(args: WorkerArgs) -> subprocess.Popen[bytes]:
+    if not sys.executable:
+        raise EngineDeadError(
+            "cannot start a worker: sys.executable is empty; set it to the Python interpreter's path"
+        )
     # The worker finds what the host finds, also in a checkout or a notebook's directory.
     path = [entry or os.getcwd() for entry in sys.path if isinstance(entry, str)]
     command = [sys.executable, "-P", "-m", "asyncengine.worker", msgspec.json.encode(args).decode()]

@@ -9,7 +9,7 @@ from .tokenizer import Tokenizer
 __all__ = ["ByteDetokenizer", "Detokenizer", "WindowDetokenizer", "make_detokenizer"]
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-MAX_CHARACTER_TOKENS = 4
+MAX_HELD_TOKENS = 32
 CONTEXT_TOKENS = 6
 
 
@@ -82,17 +82,21 @@ class ByteDetokenizer:
 class WindowDetokenizer:
     """For any decoder: decodes a short window of the newest ids again, and gives what is new in it.
 
-    The window reaches from the ids of the piece before last; before the first piece, from the end of the
-    prompt. Text that ends in U+FFFD is held back for as long as it may still become a character.
+    The window reaches back to a few ids before the last point at which all text was given; at first, into
+    the prompt. Text in U+FFFD at the end is held back, since it may still become a character, but over no
+    more than 32 tokens (a character takes at most four, yet tokens can end one and begin the next).
     """
 
-    __slots__ = ("_ids", "_read", "_skip", "_tokenizer")
+    __slots__ = ("_given", "_ids", "_known", "_skip", "_tokenizer")
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._ids = list(prompt_ids[-CONTEXT_TOKENS:])
-        self._read = len(self._ids)
+        self._known = len(self._ids)
+        """How many of the ids are wholly given."""
+        self._given = 0
+        """Characters given of the text after those."""
 
     def push(self, ids: Sequence[int]) -> str:
         return "".join([self._push(i) for i in ids])
@@ -100,27 +104,27 @@ class WindowDetokenizer:
     def _push(self, token: int) -> str:
         self._ids.append(token)
         text = self._new_text()
-        waits = text.endswith(REPLACEMENT) and len(self._ids) - self._read < MAX_CHARACTER_TOKENS
-        if not text or waits:
-            # Tokens without text (skipped ones) must not make the window grow.
-            if len(self._ids) - self._read > 4 * CONTEXT_TOKENS:
-                self._advance()
-            return ""
-        self._advance()
-        return text
+        held = len(self._ids) - self._known
+        stable = text.rstrip(REPLACEMENT) if held < MAX_HELD_TOKENS else text
+        piece = stable[self._given :]
+        if stable == text and (text or held >= MAX_HELD_TOKENS):
+            self._advance()
+        else:
+            self._given = max(self._given, len(stable))
+        return piece
 
     def finish(self) -> str:
-        text = self._new_text()
+        piece = self._new_text()[self._given :]
         self._advance()
-        return text
+        return piece
 
     def _new_text(self) -> str:
-        known = self._decode(self._ids[: self._read])
-        return self._decode(self._ids)[len(known) :]
+        before = self._decode(self._ids[: self._known])
+        return self._decode(self._ids)[len(before) :]
 
     def _advance(self) -> None:
-        del self._ids[: max(0, min(self._read, len(self._ids) - CONTEXT_TOKENS))]
-        self._read = len(self._ids)
+        del self._ids[: max(0, min(self._known, len(self._ids) - CONTEXT_TOKENS))]
+        self._known, self._given = len(self._ids), 0
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)

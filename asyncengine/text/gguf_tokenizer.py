@@ -13,7 +13,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from ..errors import ModelLoadError
 from .tokenizer import SPACE_MARK, Tokenizer
-from .tokenizer_json import add_tokens, build_bpe
+from .bpe import split_bpe
+from .tokenizer_json import Parts, add_tokens
 
 __all__ = ["load_gguf_tokenizer"]
 

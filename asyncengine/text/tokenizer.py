@@ -8,6 +8,7 @@ import tokenizers
 from tokenizers import processors
 
 from ..errors import InvalidRequestError
+from .tokenizer_json import Parts
 
 __all__ = ["INLINE_CHARACTERS", "Tokenizer"]
 
@@ -21,31 +22,38 @@ ChatTemplates = str | Mapping[str, str]
 class Tokenizer:
     """A model's tokenizer with its special tokens and chat templates. Safe to use from any thread.
 
-    `core` is what does the work. `special_tokens` maps roles (`bos_token`, `eos_token`, `unk_token`, ...)
-    to tokens. `add_bos` and `add_eos` say whether `encode` adds these; None leaves it to `core`.
+    `parts` do the work. `special_tokens` maps roles (`bos_token`, `eos_token`, `unk_token`, ...)
+    to tokens. `add_bos` and `add_eos` say whether `encode` adds these; None leaves it to `parts.core`.
     """
 
     def __init__(
         self,
-        core: tokenizers.Tokenizer,
+        parts: Parts,
         *,
         special_tokens: Mapping[str, str] | None = None,
         add_bos: bool | None = None,
         add_eos: bool | None = None,
         chat_template: ChatTemplates | None = None,
     ) -> None:
-        self.core = core
+        self._core = core = parts.core
+        self._late = parts.late
+        added = core.get_added_tokens_decoder()
+        if parts.tokens is not None:
+            self._tokens = parts.tokens
+        else:
+            size = max([core.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added)])
+            self._tokens = [core.id_to_token(i) for i in range(size)]
         self.special_tokens = dict(special_tokens or {})
         self.chat_template = chat_template
         self.bos_token = self.special_tokens.get("bos_token")
         self.eos_token = self.special_tokens.get("eos_token")
-        self.bos_token_id = self.token_to_id(self.bos_token)
-        self.eos_token_id = self.token_to_id(self.eos_token)
+        self.bos_token_id = None if self.bos_token is None else self.token_to_id(self.bos_token)
+        self.eos_token_id = None if self.eos_token is None else self.token_to_id(self.eos_token)
         if add_bos is not None or add_eos is not None:
             self._frame(bool(add_bos), bool(add_eos))
-        self.vocab_size: int = core.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = sum(token is not None for token in self._tokens)
         """How many tokens there are. A model's output may be wider: vocabularies are often padded."""
-        self.special_ids = frozenset(i for i, t in core.get_added_tokens_decoder().items() if t.special)
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
         """Ids that `skip_special_tokens` leaves out."""
         to_bytes, self.strips_first_space = _byte_rule(core)
         self._tables = None if to_bytes is None else self._make_tables(to_bytes)
@@ -55,17 +63,14 @@ class Tokenizer:
         before = [("BOS", self.bos_token_id, self.bos_token)] if bos and self.bos_token_id is not None else []
         after = [("EOS", self.eos_token_id, self.eos_token)] if eos and self.eos_token_id is not None else []
         names = [*(name for name, *_ in before), "$A", *(name for name, *_ in after)]
-        self.core.post_processor = processors.TemplateProcessing(
+        self._core.post_processor = processors.TemplateProcessing(
             single=names,
             pair=[*names, *(f"{name.replace('$A', '$B')}:1" for name in names)],
             special_tokens=[{"id": name, "ids": [i], "tokens": [text]} for name, i, text in before + after],
         )
 
     def _make_tables(self, to_bytes: Callable[[str], bytes]) -> tuple[list[bytes], list[bytes]]:
-        id_to_token = self.core.id_to_token
-        highest = self.core.get_vocab_size(with_added_tokens=False)
-        highest = max([highest, *(i + 1 for i in self.core.get_added_tokens_decoder())])
-        table = [b"" if (token := id_to_token(i)) is None else to_bytes(token) for i in range(highest)]
+        table = [b"" if token is None else to_bytes(token) for token in self._tokens]
         visible = list(table)
         for i in self.special_ids:
             visible[i] = b""
@@ -79,50 +84,49 @@ class Tokenizer:
         """
         try:
             if len(text) <= INLINE_CHARACTERS:
-                ids: list[int] = self.core.encode(text, add_special_tokens=add_special_tokens).ids
+                encoding = self._core.encode(text, add_special_tokens=add_special_tokens)
             else:
                 # Only the batched calls let go of Python's global lock.
-                ids = self.core.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+                encoding = self._core.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         except (TypeError, UnicodeError) as error:
             if not isinstance(text, str):
                 rule = f"must be a string, not {type(text).__name__}"
             else:
                 rule = f"cannot be written in UTF-8, it has lone surrogates: {error}"
             raise InvalidRequestError(f"the prompt {rule}", parameter="prompt", value=text) from error
-        return ids
+        ids: list[int] = encoding.ids
+        return ids if self._late is None else self._late.apply(ids, encoding.word_ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are no character become U+FFFD. Unknown ids are left out."""
+        hidden = self.special_ids if skip_special_tokens else ()
         try:
-            text: str = self.core.decode(ids, skip_special_tokens=skip_special_tokens)
-        except (TypeError, OverflowError) as error:
+            known = [self.id_to_token(i) for i in ids if i not in hidden]
+        except TypeError as error:
             raise InvalidRequestError(
                 f"ids must be a sequence of token ids: {error}", parameter="ids", value=ids
             ) from error
+        tokens = [token for token in known if token is not None]
+        text: str = " ".join(tokens) if self._core.decoder is None else self._core.decoder.decode(tokens)
         return text
 
     def id_to_token(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it, or None."""
-        try:
-            token: str | None = self.core.id_to_token(token_id)
-        except OverflowError:
-            return None
-        return token
+        return self._tokens[token_id] if 0 <= token_id < len(self._tokens) else None
 
-    def token_to_id(self, token: str | None) -> int | None:
+    def token_to_id(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it, or None."""
-        token_id: int | None = None if token is None else self.core.token_to_id(token)
-        return token_id
+        try:
+            return self._tokens.index(token)
+        except ValueError:
+            return None
 
     def token_text(self, token_id: int) -> str | None:
         """One token as text, with its leading space; a part of a character shows as U+FFFD."""
-        if self._tables is not None:
-            table = self._tables[0]
-            if not 0 <= token_id < len(table) or self.core.id_to_token(token_id) is None:
-                return None
-            return table[token_id].decode(errors="replace")
         if self.id_to_token(token_id) is None:
             return None
+        if self._tables is not None:
+            return self._tables[0][token_id].decode(errors="replace")
         return self.decode([token_id], skip_special_tokens=False)
 
     def token_bytes(self, *, skip_special_tokens: bool = False) -> Sequence[bytes] | None:

@@ -59,7 +59,8 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer of a local directory, a `.gguf` file, or a Hugging Face Hub repository.
 
-    `tokenizer.json` is read as it is. Where a directory has only the files of older kinds of tokenizers,
+    `tokenizer.json` is read as it is, and as in transformers 5 it alone decides whether BOS and EOS are
+    added, not the flags in tokenizer_config.json. Where a directory has only the files of older kinds of tokenizers,
     transformers converts them, if it is installed, in a process of its own; `trust_remote_code` lets that
     process run the repository's code. Blocks: call it in a thread.
 
@@ -101,8 +102,6 @@ def _read_directory(path: str) -> Tokenizer:
     return Tokenizer(
         core,
         special_tokens=special,
-        add_bos=_flag(config, "add_bos_token"),
-        add_eos=_flag(config, "add_eos_token"),
         chat_template=_chat_template(path, config),
     )
 
@@ -211,8 +210,3 @@ def _content(token: Any) -> str | None:
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) and token else None
-
-
-def _flag(config: dict[str, Any], name: str) -> bool | None:
-    value = config.get(name)
-    return value if isinstance(value, bool) else None

@@ -1,25 +1,23 @@
-"""Builds `tokenizers.Tokenizer` objects while the program's other threads keep running.
+"""Reads `tokenizer.json`, the format of the tokenizers library.
 
-Every constructor and every `from_file` of `tokenizers` keeps Python's global lock from beginning to
-end: half a second for a vocabulary of 150,000, in which the caller's event loop stands still whatever
-thread does the work. So a BPE model, by far the largest part, is taken out of the file and handed over
-through objects that run a little Python on the way, where the interpreter may switch threads. What
-remains locked is the indexing at the end, about a fifth of `from_file`.
+`Tokenizer.from_file` keeps Python's global lock throughout: half a second for a vocabulary of 150,000. So
+BPE models, by far the largest parts of such files, are read here, piece by piece (see also `bpe`).
 """
 
+import json
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 import tokenizers
-from tokenizers import AddedToken, models
+from tokenizers import AddedToken
 
 from ..errors import ModelLoadError
+from .bpe import LateMerges, split_bpe
 
-__all__ = ["add_tokens", "build_bpe", "read_tokenizer_json"]
-
-PAUSE_EVERY = 256
+__all__ = ["Parts", "add_tokens", "read_tokenizer_json"]
 
 _BPE_OPTIONS = (
     "dropout",
@@ -30,52 +28,19 @@ _BPE_OPTIONS = (
     "byte_fallback",
     "ignore_merges",
 )
-_TINY_MODEL = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
+_NO_MODEL = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
 
 
-class _PausingId:
-    """An integer whose conversion runs Python code."""
+class Parts(NamedTuple):
+    """What a `Tokenizer` is made of: `core` does the work but for the late merges."""
 
-    __slots__ = ("_value",)
-
-    def __init__(self, value: int) -> None:
-        self._value = value
-
-    def __index__(self) -> int:
-        return self._value
+    core: tokenizers.Tokenizer
+    late: LateMerges | None = None
+    tokens: Sequence[str | None] | None = None
+    """By id. None: `core` knows them all."""
 
 
-class _PausingMerges(Sequence[Any]):
-    """A sequence whose iteration runs Python code."""
-
-    def __init__(self, merges: Sequence[Any]) -> None:
-        self._merges = merges
-
-    def __len__(self) -> int:
-        return len(self._merges)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._merges[index]
-
-    def __iter__(self) -> Iterator[Any]:
-        yield from self._merges
-
-
-def build_bpe(vocab: dict[str, int], merges: Sequence[tuple[str, str]], **options: Any) -> models.BPE:
-    """A BPE model of `vocab` (token → id; altered here, so hand over your own) and `merges`, best first.
-
-    Raises `ModelLoadError` if a merge makes a token that is not in the vocabulary.
-    """
-    for number, token in enumerate(vocab):
-        if number % PAUSE_EVERY == 0:
-            vocab[token] = _PausingId(vocab[token])  # type: ignore[assignment]
-    try:
-        return models.BPE(vocab, _PausingMerges(merges), **options)
-    except Exception as error:
-        raise ModelLoadError(f"the tokenizer's vocabulary and merges do not fit together: {error}") from error
-
-
-def add_tokens(core: tokenizers.Tokenizer, tokens: Sequence[AddedToken]) -> None:
+def add_tokens(core: tokenizers.Tokenizer, tokens: Iterable[AddedToken]) -> None:
     """Adds tokens in the order given; the ids of new ones follow the vocabulary in that order."""
     batch: list[AddedToken] = []
     for token in tokens:
@@ -93,49 +58,78 @@ def _add_batch(core: tokenizers.Tokenizer, batch: list[AddedToken]) -> None:
         core.add_tokens(batch)
 
 
-def read_tokenizer_json(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
-    """The tokenizer that a `tokenizer.json` describes, without its truncation and padding.
+def read_tokenizer_json(path: str | os.PathLike[str], more: Sequence[AddedToken] = ()) -> Parts:
+    """The tokenizer that a file describes, without its truncation and padding.
 
-    Raises `ModelLoadError` where the file is damaged or of a kind that `tokenizers` does not know.
+    Of the added tokens in `more`, those that the file has not are added too. Raises `ModelLoadError` where
+    the file is damaged or of a kind that `tokenizers` does not know.
     """
     try:
         with open(path, "rb") as file:
-            parts = msgspec.json.decode(file.read(), type=dict[str, msgspec.Raw])
+            fields = msgspec.json.decode(file.read(), type=dict[str, msgspec.Raw])
         for name in ("truncation", "padding"):
-            parts[name] = msgspec.Raw(b"null")
-        kind = msgspec.json.decode(parts["model"], type=dict[str, msgspec.Raw])
-        if msgspec.json.decode(kind.get("type", b"null")) == "BPE":
-            return _read_bpe(parts, kind)
-        core: tokenizers.Tokenizer = tokenizers.Tokenizer.from_buffer(msgspec.json.encode(parts))
-        return core
+            fields[name] = msgspec.Raw(b"null")
+        model = msgspec.json.decode(fields["model"], type=dict[str, msgspec.Raw])
+        declared = msgspec.json.decode(
+            fields.get("added_tokens", b"null"), type=list[dict[str, Any]] | None
+        )
+        added = [AddedToken(**{k: v for k, v in token.items() if k != "id"}) for token in declared or ()]
+        known = {token.content for token in added}
+        added += [token for token in more if token.content not in known]
+        if msgspec.json.decode(model.get("type", b"null")) == "BPE":
+            return _read_bpe(fields, model, added)
+        core: tokenizers.Tokenizer = tokenizers.Tokenizer.from_buffer(msgspec.json.encode(fields))
+        add_tokens(core, added[len(known) :])
+        return Parts(core)
     except ModelLoadError as error:
         raise ModelLoadError(f"{os.fspath(path)}: {error}") from error
     except FileNotFoundError as error:
         raise ModelLoadError(f"{os.fspath(path)} does not exist") from error
     except Exception as error:  # tokenizers raises plain Exception for everything
-        raise ModelLoadError(
-            f"{os.fspath(path)} is not a tokenizer.json that can be read: {error}"
-        ) from error
+        raise ModelLoadError(f"{os.fspath(path)} is not a tokenizer.json that can be read: {error}") from error
 
 
-def _read_bpe(parts: dict[str, msgspec.Raw], model: dict[str, msgspec.Raw]) -> tokenizers.Tokenizer:
-    vocab = msgspec.json.decode(model["vocab"], type=dict[str, int])
-    merges = msgspec.json.decode(model["merges"], type=list[tuple[str, str] | str])
-    pairs = [_pair(merge) if isinstance(merge, str) else merge for merge in merges]
+def _read_bpe(
+    fields: dict[str, msgspec.Raw], model: dict[str, msgspec.Raw], added: list[AddedToken]
+) -> Parts:
+    vocab = _vocab(model["vocab"])
+    merges = [_pair(merge) for merge in _values(model["merges"])]
     options = {name: msgspec.json.decode(model[name]) for name in _BPE_OPTIONS if name in model}
-    added = msgspec.json.decode(parts.get("added_tokens", b"null"), type=list[dict[str, Any]] | None)
-
-    shell = {**parts, "model": _TINY_MODEL, "added_tokens": []}
-    core: tokenizers.Tokenizer = tokenizers.Tokenizer.from_buffer(msgspec.json.encode(shell))
-    core.model = build_bpe(
-        vocab, pairs, **{name: value for name, value in options.items() if value is not None}
+    options = {name: value for name, value in options.items() if value is not None}
+    core: tokenizers.Tokenizer = tokenizers.Tokenizer.from_buffer(
+        msgspec.json.encode({**fields, "model": _NO_MODEL, "added_tokens": []})
     )
-    add_tokens(core, [AddedToken(**{k: v for k, v in token.items() if k != "id"}) for token in added or ()])
-    return core
+    split = split_bpe(vocab, merges, added, **options)
+    core.model = split.model
+    add_tokens(core, added)
+    return Parts(core, split.late, split.tokens)
 
 
-def _pair(merge: str) -> tuple[str, str]:
-    left, separator, right = merge.partition(" ")
-    if not separator or " " in right:
-        raise ModelLoadError(f"the tokenizer's merge {merge!r} is not two tokens with a space between")
-    return left, right
+# JSON's own reader, a value at a time: other threads may run between two values.
+_scan = json.JSONDecoder().scan_once
+_gap = re.compile(r"[\s,:]*")
+
+
+def _values(container: msgspec.Raw) -> Iterator[Any]:
+    """The values in a JSON array or object (there keys and values by turns) that is well-formed."""
+    text = bytes(container).decode().strip()
+    at = _gap.match(text, 1).end()  # type: ignore[union-attr]
+    while at < len(text) - 1:
+        value, at = _scan(text, at)
+        yield value
+        at = _gap.match(text, at).end()  # type: ignore[union-attr]
+
+
+def _vocab(container: msgspec.Raw) -> dict[str, int]:
+    keys_and_values = _values(container)
+    vocab = dict(zip(keys_and_values, keys_and_values, strict=True))
+    if not all(type(token) is str and type(i) is int for token, i in vocab.items()):
+        raise ModelLoadError("the tokenizer's vocabulary is not of tokens and their ids")
+    return vocab
+
+
+def _pair(merge: Any) -> tuple[str, str]:
+    pair = merge.split(" ") if isinstance(merge, str) else merge
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+        raise ModelLoadError(f"the tokenizer's merge {merge!r} is not two tokens")
+    return pair[0], pair[1]

@@ -8,10 +8,10 @@ The host never waits for space. Its loop keeps few plans in flight, commands are
 would only hide that, and the caller is told instead. A worker does wait: its host may be busy.
 """
 
-import asyncio
 import os
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -19,9 +19,12 @@ from asyncengine._fast import ring
 
 from .plan import Command, Fault, Kind, LogRecord, Reply
 
+if TYPE_CHECKING:  # a worker has no use for asyncio, which takes a while to load
+    from asyncio import AbstractEventLoop
+
 __all__ = ["PlanReader", "PlanWriter", "ReplyReader", "ReplyWriter", "WorkerArgs"]
 
-MAX_DRAIN = 256
+MAX_DRAIN = 32
 """Records taken in one wake of the loop, so that a worker that floods its log cannot hold the loop."""
 MAX_TEXT = 16_384
 """Characters of a fault's or log record's text that are sent."""
@@ -136,11 +139,11 @@ class ReplyReader:
         self._ring = ring.RingReader(self.fd, 0)
         self.bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         """What a worker inherits, besides `fd`."""
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: AbstractEventLoop | None = None
 
     def start(
         self,
-        loop: asyncio.AbstractEventLoop,
+        loop: "AbstractEventLoop",
         on_result: Callable[[bytes], None],
         on_reply: Callable[[Reply], None],
     ) -> None:

@@ -4,6 +4,7 @@ Everything is allocated once. A plan is a set of differences; in the pure decode
 takes about ten small array operations, whatever the number of sequences.
 """
 
+import struct
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ __all__ = ["Batch", "Plan", "parse_plan"]
 
 Ints = NDArray[np.int32]
 
+_HEADER = struct.Struct(f"<{PLAN_HEADER}i")
 _INITS = msgpack.Decoder(list[SlotInit])
 
 
@@ -33,34 +35,33 @@ class Plan(NamedTuple):
 
 def parse_plan(data: bytes) -> Plan:
     """Raises ValueError if `data` is not one whole plan: a defect of the host, not an input error."""
-    if len(data) < 4 * PLAN_HEADER:
+    if len(data) < _HEADER.size:
         raise ValueError(f"a plan of {len(data)} bytes has no header")
-    epoch, step, rows, tokens, updates, copies, payload, _ = np.frombuffer(
-        data, np.int32, PLAN_HEADER
-    ).tolist()
-    sizes = (PLAN_HEADER, rows * ROW_FIELDS, updates * 3, copies * 2, tokens)
-    ends = np.cumsum(sizes).tolist()
-    if min(*sizes, payload) < 0 or len(data) != 4 * ends[-1] + payload:
-        raise ValueError(f"plan {step} has {len(data)} bytes, its header tells {4 * ends[-1] + payload}")
-    words = np.frombuffer(data, np.int32, ends[-1])
+    epoch, step, rows, tokens, updates, copies, payload, _ = _HEADER.unpack_from(data)
+    rows_end = PLAN_HEADER + ROW_FIELDS * rows
+    updates_end = rows_end + 3 * updates
+    copies_end = updates_end + 2 * copies
+    end = copies_end + tokens
+    if min(rows, tokens, updates, copies, payload) < 0 or len(data) != 4 * end + payload:
+        raise ValueError(f"plan {step} has {len(data)} bytes, its header tells {4 * end + payload}")
+    words = np.frombuffer(data, np.int32, end)
     return Plan(
         epoch,
         step,
-        words[ends[0] : ends[1]].reshape(rows, ROW_FIELDS),
-        words[ends[1] : ends[2]].reshape(updates, 3),
-        words[ends[2] : ends[3]].reshape(copies, 2),
-        words[ends[3] :],
-        _INITS.decode(memoryview(data)[4 * ends[-1] :]) if payload else [],
+        words[PLAN_HEADER:rows_end].reshape(rows, ROW_FIELDS),
+        words[rows_end:updates_end].reshape(updates, 3),
+        words[updates_end:copies_end].reshape(copies, 2),
+        words[copies_end:],
+        _INITS.decode(memoryview(data)[4 * end :]) if payload else [],
     )
 
 
 class Batch:
     """Slot state and step inputs; the native step reads these very arrays."""
 
-    def __init__(self, slots: int, max_tokens: int, blocks_per_slot: int) -> None:
-        self.slots = slots
-        self.max_tokens = max_tokens
-        self.block_table = np.zeros((slots, blocks_per_slot), np.int32)
+    def __init__(self, slots: int, max_tokens: int, max_len: int, block_size: int, num_blocks: int) -> None:
+        self._limits = (slots, max_tokens, max_len, num_blocks)
+        self.block_table = np.zeros((slots, -(-max_len // block_size)), np.int32)
         self.last_token = np.zeros(slots, np.int32)
         self.token_ids = np.zeros(max_tokens, np.int32)
         self.positions = np.zeros(max_tokens, np.int32)
@@ -83,17 +84,14 @@ class Batch:
 
     def prepare(self, plan: Plan) -> None:
         """Fills the step's inputs; raises ValueError where the plan does not fit the batch."""
-        if len(plan.updates):
-            slot, index, block = plan.updates.T
-            self.block_table[slot, index] = block
         rows = len(plan.rows)
-        if rows > self.slots:
-            raise ValueError(f"plan {plan.step} has {rows} rows for {self.slots} slots")
         slots, starts, counts, flags = plan.rows.T
         relayed = int(np.count_nonzero(flags & RELAY))
         tokens = relayed + len(plan.tokens)
-        if tokens > self.max_tokens:
-            raise ValueError(f"plan {plan.step} has {tokens} tokens for a budget of {self.max_tokens}")
+        self._check(plan, relayed)
+        if len(plan.updates):
+            slot, index, block = plan.updates.T
+            self.block_table[slot, index] = block
         self.num_rows, self.num_tokens = rows, tokens
         self.row_slot[:rows] = slots
         ends = self.context_len[:rows]
@@ -106,8 +104,6 @@ class Batch:
             self.positions[:tokens] = starts
         else:
             np.cumsum(counts, out=self.query_start[1 : rows + 1])
-            if self.query_start[rows] != tokens or counts.min() < 1:
-                raise ValueError(f"plan {plan.step} has {tokens} tokens, its rows {counts.sum()}")
             row = np.repeat(self._count[:rows], counts)
             self.token_row[:tokens] = row
             self.positions[:tokens] = (starts - self.query_start[:rows])[row] + self._count[:tokens]
@@ -116,3 +112,33 @@ class Batch:
         self.sample_slots = slots[sampled]
         self.sample_positions = ends[sampled]
         self.sample_rows[: len(sampled)] = self.query_start[sampled + 1] - 1
+
+    def _check(self, plan: Plan, relayed: int) -> None:
+        """What is out of bounds is a defect of the host; it must not become a write to foreign memory."""
+        slots, max_tokens, max_len, num_blocks = self._limits
+        rows = plan.rows
+        starts, counts = rows[:, 1], rows[:, 2]
+        tokens = relayed + len(plan.tokens)
+        sound = (
+            len(rows) <= slots
+            and tokens <= max_tokens
+            and _below(rows, slots, max_len, max_len + 1, SAMPLE + RELAY + 1)
+            and _below(plan.updates, slots, self.block_table.shape[1], num_blocks)
+            and _below(plan.copies, num_blocks, num_blocks)
+            and int(counts.sum()) == tokens
+            and int(counts[:relayed].sum()) == relayed
+            and (len(rows) == 0 or (int(counts.min()) > 0 and int((starts + counts).max()) <= max_len))
+        )
+        if not sound:
+            raise ValueError(
+                f"plan {plan.step} is out of bounds: it has {len(rows)} rows and {tokens} tokens; there are"
+                f" {slots} slots, {max_tokens} tokens a step, {max_len} positions and {num_blocks} blocks"
+            )
+
+
+def _below(values: Ints, *limits: int) -> bool:
+    """Whether 0 <= values[:, i] < limits[i]. Read as unsigned, a negative number is too large as well."""
+    if len(values) == 0:
+        return True
+    largest = values.view(np.uint32).max(axis=0).tolist()
+    return all(value < limit for value, limit in zip(largest, limits, strict=True))

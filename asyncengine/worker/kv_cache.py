@@ -40,7 +40,7 @@ class KVCache:
         self.num_blocks = num_blocks
         self.nbytes = layout.bytes_per_block * num_blocks
         self._memory = Buffer(self.nbytes)
-        pieces = np.frombuffer(self._memory, np.uint8, self.nbytes)
+        pieces = np.frombuffer(memoryview(self._memory), np.uint8)
         self._pieces = pieces.reshape(2 * layout.layers, num_blocks, layout.piece_bytes)
 
     def addresses(self, layer: int) -> tuple[int, int]:

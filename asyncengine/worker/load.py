@@ -30,8 +30,8 @@ _SHOWN = 5
 class Store(Protocol):
     """Where a backend keeps weights, in a form of its own."""
 
-    def put(self, parameter: Parameter, tensor: Callable[[str], TensorView]) -> int:
-        """Takes this rank's part of `parameter`; gives the bytes it holds now."""
+    def put(self, parameter: Parameter, tensor: Callable[[str], TensorView]) -> None:
+        """Takes this rank's part of `parameter`; `tensor` gives its sources by name."""
         ...
 
 
@@ -99,7 +99,7 @@ def open_checkpoint(config: WorkerConfig, model: Decoder) -> Checkpoint:
     if config.load_format == "dummy":
         return DummyCheckpoint(model, config.seed)
     path = Path(config.weights)
-    return GGUFFile(path) if config.load_format == "gguf" else open_safetensors(path)
+    return GGUFFile(path, arrays=False) if config.load_format == "gguf" else open_safetensors(path)
 
 
 class DummyCheckpoint:
@@ -129,7 +129,7 @@ class DummyCheckpoint:
         size = math.prod(shape)
         start = zlib.crc32(name.encode()) % self._period
         values = np.ones(size, np.float16) if name.endswith("norm.weight") else self._noise[start:][:size]
-        return TensorView(name, "F16", shape, memoryview(values.view(np.uint8)))
+        return TensorView(name, "F16", shape, values.view(np.uint8).data)
 
     def close(self) -> None:
         """Nothing is open."""

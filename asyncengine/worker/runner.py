@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import numpy as np
 from msgspec import msgpack
-from numpy.typing import NDArray
 
 from ..checkpoint.sharding import Shard, check_parallel
 from ..errors import ConfigError
@@ -45,7 +44,9 @@ class Runner:
         return msgpack.encode(self._stages[stage](payload, progress))
 
     def close(self) -> None:
-        """Ends the compute threads. The memory goes with the process."""
+        """Gives threads and memory back; the runner cannot be used afterwards."""
+        for name in ("_sampler", "_batch", "backend"):
+            self.__dict__.pop(name, None)
 
     def _configure(self, payload: bytes, progress: Progress) -> None:
         config = msgpack.decode(payload, type=WorkerConfig)
@@ -77,8 +78,13 @@ class Runner:
 
     def _capture(self, payload: bytes, progress: Progress) -> Captured:
         config = self._config
-        blocks = -(-config.max_model_len // config.block_size)
-        self._batch = Batch(config.max_num_seqs, config.max_num_batched_tokens, blocks)
+        self._batch = Batch(
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.max_model_len,
+            config.block_size,
+            self.backend.cache.num_blocks,
+        )
         self._sampler = Sampler(self.backend.team, config.max_num_seqs, config.spec.vocab_size)
         self._result = np.zeros(RESULT_HEADER + config.max_num_seqs, np.int32)
         operations, nbytes = self.backend.capture(self._batch)
@@ -92,9 +98,9 @@ class Runner:
         if first:
             for init in plan.inits:
                 self._sampler.enter(init)
+        batch.prepare(plan)
         if len(plan.copies):
             backend.cache.copy_blocks(plan.copies)
-        batch.prepare(plan)
         logits = backend.run(batch)
         samples = batch.num_samples
         tokens = self._result[RESULT_HEADER : RESULT_HEADER + samples]
@@ -103,7 +109,7 @@ class Runner:
             if first:
                 details = self._sampler.draw(logits, batch.sample_slots, batch.sample_positions, tokens)
             if backend.comm is not None:
-                backend.comm.broadcast_tokens(tokens)
+                backend.comm.broadcast_tokens(tokens.data)
             batch.last_token[batch.sample_slots] = tokens
         if not first:
             return None

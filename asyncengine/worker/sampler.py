@@ -14,7 +14,10 @@ __all__ = ["Sampler"]
 Ints = NDArray[np.int32]
 
 _RANDOM, _PENALTIES, _LOGPROBS, _MIN_LEN = 1, 2, 4, 8
-_NOT_FINITE = "the model produced non-finite logits for this request; its weights may be damaged, or too large for the dtype"
+_NOT_FINITE = (
+    "the model produced non-finite logits for this request;"
+    " its weights may be damaged, or too large for the dtype"
+)
 
 
 class Sampler:
@@ -94,7 +97,8 @@ class Sampler:
             options["rank"] = np.empty(rows, np.int32)
             options["top_ids"] = np.empty((rows, width), np.int32)
             options["top_logprobs"] = np.empty((rows, width), np.float32)
-        sample(self._team, logits, self._vocab_size, tokens, **options)
+        views = {name: array.data for name, array in options.items()}
+        sample(self._team, logits, self._vocab_size, tokens.data, **views)
         failed = tokens < 0
         if traits & _PENALTIES:
             for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -43,6 +44,8 @@ class FakeRunner:
                 return b"%d" % (1 // 0)
             case "exit" if last:
                 os._exit(3)
+            case "exit later" if last:
+                threading.Timer(0.05, os._exit, [4]).start()
             case "kill" if last:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "segfault":

@@ -112,7 +112,7 @@ def kv(before: int, token: int, position: int) -> int:
 
 
 def root(seq: Sequence) -> int:
-    return hash(seq.cache_salt)
+    return hash(tuple(seq.cache_salt))
 
 
 def draw(value: int, noise: int, length: int, min_len: int, stop_ids: Iterable[int]) -> int:

@@ -90,7 +90,7 @@ def test_progress_counts_the_checkpoint(saved):
 
 @pytest.mark.parametrize("stored", [torch.float64, torch.bfloat16, torch.float16])
 def test_stored_types(saved, tmp_path, stored):
-    model, directory, tensors = saved
+    _, directory, tensors = saved
     save_file({name: tensor.to(stored) for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
     rounded = make_model("Llama")
     rounded.load_state_dict({name: tensor.to(stored).float() for name, tensor in tensors.items()})
@@ -102,7 +102,7 @@ def test_stored_types(saved, tmp_path, stored):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_held_types(saved, dtype):
     """Weights rounded to 8 (11) bits of mantissa, activations float32: far closer than all in bfloat16."""
-    model, directory, tensors = saved
+    _, directory, tensors = saved
     rounded = make_model("Llama")
     state = {n: t if "norm" in n else t.to(getattr(torch, dtype)).float() for n, t in tensors.items()}
     rounded.load_state_dict(state)

@@ -35,7 +35,7 @@ def test_every_query_head_finds_its_kv_head(heads, kv_heads, world):
 @pytest.mark.parametrize("ranks", [2, 4, 0, 65])
 def test_refusal_names_the_possible_sizes(ranks):
     spec = make_spec("default", num_heads=9, num_kv_heads=3, intermediate_size=1536)
-    with pytest.raises(ConfigError, match="possible sizes: 1, 3$") as caught:
+    with pytest.raises(ConfigError, match=r"possible sizes: 1, 3$") as caught:
         check_parallel(spec, ranks)
     assert (caught.value.parameter, caught.value.value) == ("tensor_parallel_size", ranks)
 

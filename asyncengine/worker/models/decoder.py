@@ -41,13 +41,9 @@ class Decoder:
         residual = ops.all_reduce(ops.embed(self.embed))
         h = ops.rms_norm(residual, self.layers[0].input_norm)
         for index, layer in enumerate(self.layers):
-            qkv = ops.linear(h, layer.qkv)
-            ops.rope_kv(qkv, index, layer.q_norm, layer.k_norm)
-            x = ops.all_reduce(ops.linear(ops.attention(qkv, index, layer.window), layer.output))
-            h = ops.add_rms_norm(residual, x, layer.mlp_norm)
-            x = ops.all_reduce(ops.linear(ops.silu_mul(ops.linear(h, layer.gate_up)), layer.down))
+            h = ops.add_rms_norm(residual, layer.attention(ops, h, index), layer.mlp_norm)
             following = self.layers[index + 1].input_norm if layer is not self.layers[-1] else self.norm
-            h = ops.add_rms_norm(residual, x, following)
+            h = ops.add_rms_norm(residual, layer.mlp(ops, h), following)
         logits = ops.linear(ops.select(h), self.head)
         return ops.all_gather(logits, self.spec.vocab_size, self.vocab.start)
 
@@ -85,6 +81,14 @@ class _Layer:
         self.down = _rows(
             prefix + "mlp.down_proj", hidden, spec.intermediate_size, features, spec.mlp_bias, shard
         )
+
+    def attention(self, ops: Ops[T], h: T, index: int) -> T:
+        qkv = ops.linear(h, self.qkv)
+        ops.rope_kv(qkv, index, self.q_norm, self.k_norm)
+        return ops.all_reduce(ops.linear(ops.attention(qkv, index, self.window), self.output))
+
+    def mlp(self, ops: Ops[T], h: T) -> T:
+        return ops.all_reduce(ops.linear(ops.silu_mul(ops.linear(h, self.gate_up)), self.down))
 
     def parameters(self) -> Iterator[Parameter]:
         yield self.input_norm

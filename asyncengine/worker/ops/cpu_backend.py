@@ -34,7 +34,7 @@ class CpuBackend:
         spec = config.spec
         if spec.head_dim > _MAX_HEAD_DIM or spec.head_dim % 2:
             raise ModelLoadError(
-                f"heads of size {spec.head_dim} are not supported; supported: even sizes up to {_MAX_HEAD_DIM}"
+                f"heads of size {spec.head_dim} are not supported; supported: even ones up to {_MAX_HEAD_DIM}"
             )
         self._config = config
         self._model = model
@@ -79,14 +79,14 @@ class CpuBackend:
         for operation in recorder.operations:
             self._program.add(*operation)
         self._step = Step(
-            token_ids=batch.token_ids,
-            positions=batch.positions,
-            token_row=batch.token_row,
-            query_start=batch.query_start,
-            context_len=batch.context_len,
-            row_slot=batch.row_slot,
-            block_table=batch.block_table,
-            sample_rows=batch.sample_rows,
+            token_ids=batch.token_ids.data,
+            positions=batch.positions.data,
+            token_row=batch.token_row.data,
+            query_start=batch.query_start.data,
+            context_len=batch.context_len.data,
+            row_slot=batch.row_slot.data,
+            block_table=batch.block_table.data,
+            sample_rows=batch.sample_rows.data,
         )
         return len(self._program), _OPERATION_BYTES * len(self._program)
 
@@ -105,7 +105,8 @@ class CpuBackend:
         """The buffer of the step's logits, [max_num_seqs, vocabulary]."""
         shape = (self._config.max_num_seqs, self._logits.width)
         offset = self._logits.address - self._activations.address
-        return np.frombuffer(self._activations, np.float32, math.prod(shape), offset).reshape(shape)
+        values = np.frombuffer(memoryview(self._activations), np.float32, math.prod(shape), offset)
+        return values.reshape(shape)
 
     def _record(
         self, memory: StepMemory, kv_addresses: Callable[[int], tuple[int, int]]

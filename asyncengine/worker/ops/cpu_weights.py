@@ -47,9 +47,18 @@ class CpuWeights:
         else:
             row = 0
             for source in parameter.sources:
-                part = _Part(tensor, source)
+                stored, data, width, columns = _part(source, tensor(source.name))
                 pack_linear(
-                    self._team, *part.rows, self.address(parameter), _NAMES[self.dtype], row, **part.columns
+                    self._team,
+                    stored,
+                    data,
+                    len(source.rows),
+                    width,
+                    self.address(parameter),
+                    _NAMES[self.dtype],
+                    row,
+                    col_start=columns.start,
+                    col_stop=columns.stop,
                 )
                 row += len(source.rows)
             target = self.bias(parameter)
@@ -60,8 +69,18 @@ class CpuWeights:
     def _convert(
         self, tensor: Callable[[str], TensorView], source: Source, target: int, dtype: DType
     ) -> None:
-        part = _Part(tensor, source)
-        convert(self._team, *part.rows, target, _NAMES[dtype], **part.columns)
+        stored, data, width, columns = _part(source, tensor(source.name))
+        convert(
+            self._team,
+            stored,
+            data,
+            len(source.rows) if len(source.shape) == 2 else 1,
+            width,
+            target,
+            _NAMES[dtype],
+            col_start=columns.start,
+            col_stop=columns.stop,
+        )
 
     def _size(self, parameter: Parameter) -> int:
         if isinstance(parameter, Linear):
@@ -76,29 +95,20 @@ class CpuWeights:
         return offset
 
 
-class _Part:
-    """What `pack_linear` and `convert` take to find this rank's part of a stored tensor."""
-
-    def __init__(self, tensor: Callable[[str], TensorView], source: Source) -> None:
-        view = _readable(tensor(source.name))
-        # A vector is one row, of which a rank takes columns.
-        if len(source.shape) == 1:
-            height, width, rows, columns = 1, source.shape[0], range(1), source.rows
-        else:
-            (height, width), rows, columns = (
-                source.shape,
-                source.rows,
-                source.columns or range(source.shape[1]),
-            )
-        row_bytes = len(view.data) // height
-        data = view.data[rows.start * row_bytes : rows.stop * row_bytes]
-        self.rows = (view.dtype, data, len(rows), width)
-        self.columns = {"col_start": columns.start, "col_stop": columns.stop}
-
-
 def _readable(view: TensorView) -> TensorView:
     """float64, which the native conversion does not know, as float32."""
     if view.dtype != "F64":
         return view
     values = np.frombuffer(view.data, np.float64).astype(np.float32)
-    return view._replace(dtype="F32", data=memoryview(values.view(np.uint8)))
+    return view._replace(dtype="F32", data=values.view(np.uint8).data)
+
+
+def _part(source: Source, stored: TensorView) -> tuple[str, memoryview, int, range]:
+    """Type, bytes and width of the stored rows that this rank takes, and its columns of them."""
+    view = _readable(stored)
+    if len(source.shape) == 1:  # one row, of which a rank takes columns
+        return view.dtype, view.data, source.shape[0], source.rows
+    height, width = source.shape
+    row_bytes = len(view.data) // height
+    data = view.data[source.rows.start * row_bytes : source.rows.stop * row_bytes]
+    return view.dtype, data, width, source.columns or range(width)
