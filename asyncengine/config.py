@@ -23,11 +23,13 @@ CPU_KV_BYTES = 4 << 30
 memory is not ours to fill. Pages are taken as they are first used."""
 
 _LIMIT = 2**31 - 1
-_DTYPES = {
-    "float32": "float32", "float": "float32",
+_DTYPES: dict[str, DType] = {
+    "float32": "float32",
+    "float": "float32",
     "bfloat16": "bfloat16",
-    "float16": "float16", "half": "float16",
-}  # fmt: skip
+    "float16": "float16",
+    "half": "float16",
+}
 
 
 class EngineArgs(msgspec.Struct, frozen=True, kw_only=True):
@@ -267,7 +269,7 @@ def resolve(args: EngineArgs, spec: ModelSpec) -> EngineConfig:
 
 def _resolve_dtype(args: EngineArgs, spec: ModelSpec) -> DType:
     if args.dtype != "auto":
-        return _DTYPES[args.dtype]  # type: ignore[return-value]
+        return _DTYPES[args.dtype]
     # Quantized weights have no type of their own; bfloat16 holds them in half the memory of float32.
     return spec.dtype or "bfloat16"
 

@@ -151,20 +151,23 @@ static void gather_chunk(const ae_op *op, const ae_thread *thread, int helpers, 
     if (mine < 0) mine = 0;
     share_of(thread, helpers, rows, &lo, &hi);
     if (thread->tid == 0) *region(comm, comm->rank) = (slice){op->n[2] + col, mine};
+    float *own = region_data(comm, comm->rank);
     for (int64_t r = lo; r < hi; r++)
-        memcpy(region_data(comm, comm->rank) + r * mine, x + (row + r) * width + col, (size_t)mine * sizeof *x);
+        memcpy(own + r * mine, x + (row + r) * width + col, (size_t)mine * sizeof *x);
     meet_all(comm, thread, helpers);
     for (int k = 0; k < comm->world; k++) {
-        slice s = *region(comm, k);
+        const slice s = *region(comm, k);
+        const float *part = region_data(comm, k);
         for (int64_t r = lo; r < hi; r++)
-            memcpy(out + (row + r) * total + s.first, region_data(comm, k) + r * s.width, (size_t)s.width * sizeof *x);
+            memcpy(out + (row + r) * total + s.first, part + r * s.width, (size_t)s.width * sizeof *x);
     }
     take_turn(comm, thread, helpers);
 }
 
 void ae_all_gather(const ae_op *op, const ae_step *step, const ae_thread *thread) {
     ae_comm *comm = op->p[2];
-    int64_t rows = ae_rows_of(op, step), total = op->n[1], room = (int64_t)(comm->region_bytes / sizeof(float));
+    int64_t rows = ae_rows_of(op, step), total = op->n[1];
+    int64_t room = (int64_t)(comm->region_bytes / sizeof(float));
     int64_t cols = total < room ? total : room, high = room / cols;
     int helpers = rows * total * (int64_t)sizeof(float) > SMALL_BYTES ? thread->nthreads : 1;
     if (thread->tid >= helpers) return;

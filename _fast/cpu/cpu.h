@@ -39,7 +39,7 @@ enum ae_code {
     /* p0 out · p1 residual, updated · p2 x · p3 weight f32 [H] · n0 H · f0 eps:
      * residual += x; out = rms_norm(residual) */
     AE_ADD_RMS_NORM,
-    /* p0 out [M,N] · p1 x [M,K] · p2 weight, packed (see gemm) · p3 bias f32 [N] or NULL
+    /* p0 out [M,N] · p1 x [M,K] · p2 weight, packed (see pack.h) · p3 bias f32 [N] or NULL
      * · n0 N · n1 K · n2 weight type:  out = x @ weight.T + bias */
     AE_LINEAR,
     /* p0 qkv f32 [T, (Hq + 2 Hk) D], rotated in place · p1 cos_sin f32 [positions, n3]: n3/2 cosines
@@ -90,7 +90,7 @@ typedef void (*ae_kernel)(const ae_op *op, const ae_step *step, const ae_thread 
 void ae_barrier(const ae_thread *thread);
 
 /* Hands out [0, total) in chunks to whichever thread asks; returns the first index of the chunk or -1.
- * At most one such loop per op; the counter is reset between ops. */
+ * At most one such loop between two barriers: each barrier resets the counter. */
 int64_t ae_next(const ae_thread *thread, int64_t total, int64_t chunk);
 
 /* An even static share [*lo, *hi) of [0, total), in multiples of grain. */

@@ -49,7 +49,7 @@ static inline void ae_meeting_open(ae_meeting *m, int shared) {
     atomic_fetch_add(&m->generation, 1);
     /* Sequentially consistent with the sleeper's increment: either we see it, or it sees the generation. */
     if (atomic_load(&m->sleepers))
-        syscall(SYS_futex, &m->generation, shared ? FUTEX_WAKE : FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+        syscall(SYS_futex, &m->generation, shared ? FUTEX_WAKE : FUTEX_WAKE_PRIVATE, INT32_MAX);
 }
 
 static inline void ae_meeting_wait(ae_meeting *m, unsigned generation, int spin, int shared) {
@@ -68,6 +68,6 @@ static inline void ae_meeting_wait(ae_meeting *m, unsigned generation, int spin,
     }
     atomic_fetch_add(&m->sleepers, 1);
     while (atomic_load(&m->generation) == generation)
-        syscall(SYS_futex, &m->generation, shared ? FUTEX_WAIT : FUTEX_WAIT_PRIVATE, generation, NULL, NULL, 0);
+        syscall(SYS_futex, &m->generation, shared ? FUTEX_WAIT : FUTEX_WAIT_PRIVATE, generation, NULL);
     atomic_fetch_sub(&m->sleepers, 1);
 }

@@ -60,7 +60,10 @@ AE_INLINE void tile_run(const tile *t, const int type, const int rows, const int
     EACH(m, rows) EACH(v, vectors) {
         int64_t exist = t->columns - v * W;
         const float *out = t->out + m * t->out_stride + v * W;
-        sum[m][v] = !t->resume || exist <= 0 ? vf_zero() : exist >= W ? vf_load(out) : vf_load_n(out, (int)exist);
+        if (!t->resume || exist <= 0)
+            sum[m][v] = vf_zero();
+        else
+            sum[m][v] = exist >= W ? vf_load(out) : vf_load_n(out, (int)exist);
     }
     const char *w = t->w, *x = t->x;
     const int64_t xs = t->x_stride, ws = t->w_stride;
@@ -174,7 +177,8 @@ static const tile_fn wide_tiles[MAX_ROWS][3] = TABLE(tile_wide_);
 
 #if defined(AE_LEVEL_AVX512BF16)
 /* x [rows, k] as bf16, an odd k padded with a zero; `stride` in elements. */
-static void to_bf16(uint16_t *out, int64_t stride, const float *x, int64_t x_stride, int64_t rows, int64_t k) {
+static void to_bf16(uint16_t *out, int64_t stride, const float *x, int64_t x_stride, int64_t rows,
+                    int64_t k) {
     for (int64_t m = 0; m < rows; m++, out += stride, x += x_stride) {
         int64_t i = 0;
         for (; i + W <= k; i += W) vf_store_bf16(out + i, vf_load(x + i));

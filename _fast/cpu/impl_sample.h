@@ -114,17 +114,46 @@ static void keep_top_k(const float *y, float *w, int64_t n, int64_t k, float max
     keep(y, w, n, cut, k - count_at_least(y, n, key_value((int64_t)key_of(cut) + 1)));
 }
 
-static void keep_top_p(const float *y, float *w, int64_t n, double p, float max) {
-    double target = p * mass_at_least(y, w, n, -INFINITY);
+/* Copies the y and w of ids with w > least, in order, and fills the last block; at most `room` floats each.
+ * Returns their number in whole blocks, or 0 if there is no room. */
+static int64_t gather(const float *y, const float *w, int64_t n, float least, float *few_y, float *few_w,
+                      int64_t room) {
+    enum { BLOCK = 64 };
+    int64_t found = 0;
+    for (int64_t base = 0; base < n; base += BLOCK) {
+        int any = 0;
+        for (int j = 0; j < BLOCK; j++) any |= w[base + j] > least;
+        if (!any) continue;
+        if (found + 2 * BLOCK > room) return 0;
+        for (int64_t i = base; i < base + BLOCK; i++) {
+            few_y[found] = y[i];
+            few_w[found] = w[i];
+            found += w[i] > least;
+        }
+    }
+    for (; found % BLOCK; found++) few_y[found] = -INFINITY, few_w[found] = 0.0f;
+    return found;
+}
+
+/* `scratch` has AE_SCRATCH bytes. */
+static void keep_top_p(const float *y, float *w, int64_t n, double p, float max, float *scratch) {
+    const int64_t room = (int64_t)(AE_SCRATCH / sizeof(float) / 2);
+    const double total = mass_at_least(y, w, n, -INFINITY);
+    /* All ids that weigh less than an n-th of what may be left out can be left out together. */
+    int64_t m = gather(y, w, n, (float)((1 - p) * total / (double)n * 0.999), scratch, scratch + room, room);
+    const float *few_y = m ? scratch : y, *few_w = m ? scratch + room : w;
+    m = m ? m : n;
+    const double most = mass_at_least(few_y, few_w, m, -INFINITY);
+    const double target = p * total < most ? p * total : most;
     int64_t lo = KEY_MINUS_INF, hi = (int64_t)key_of(max) + 1; /* mass(lo) >= target > mass(hi) = 0 */
     while (hi - lo > 1) {
         int64_t mid = lo + (hi - lo) / 2;
-        if (mass_at_least(y, w, n, key_value(mid)) >= target) lo = mid;
+        if (mass_at_least(few_y, few_w, m, key_value(mid)) >= target) lo = mid;
         else hi = mid;
     }
-    float cut = key_value(lo);
-    double missing = target - mass_at_least(y, w, n, key_value(lo + 1));
-    double ties = ceil(missing / w[first_equal(y, n, cut)]);
+    const float cut = key_value(lo);
+    const double missing = target - mass_at_least(few_y, few_w, m, key_value(lo + 1));
+    const double ties = ceil(missing / few_w[first_equal(few_y, m, cut)]);
     keep(y, w, n, cut, ties >= 1 ? (ties < (double)n ? (int64_t)ties : n) : 1);
 }
 
@@ -244,7 +273,7 @@ static void copy_row(float *y, const float *x, int64_t vocab, int64_t padded) {
 
 /* One row's token, or -1; `max` is its largest logit. y and w are this thread's, of `padded` floats. */
 static int32_t draw_row(const ae_sample *a, int64_t s, const float *x, float max, float *y, float *w,
-                        int64_t padded) {
+                        int64_t padded, float *scratch) {
     const int64_t V = a->vocab;
     const float temperature = OPTION(temperature, 0.0f);
     const int greedy = temperature < AE_GREEDY, changes = has_changes(a, s);
@@ -262,7 +291,7 @@ static int32_t draw_row(const ae_sample *a, int64_t s, const float *x, float max
     const int64_t k = OPTION(top_k, 0);
     if (k > 0 && k < V) keep_top_k(y, w, padded, k, max);
     const float p = OPTION(top_p, 1.0f);
-    if (p < 1.0f) keep_top_p(y, w, padded, p, max);
+    if (p < 1.0f) keep_top_p(y, w, padded, p, max, scratch);
     const uint64_t key = mix64(OPTION(seed, 0) + NOISE_STEP * ((uint64_t)OPTION(position, 0) + 1));
     return draw(y, w, padded, max, OPTION(min_p, 0.0f), key);
 }
@@ -292,7 +321,7 @@ static void k_sample(const ae_sample *a, const ae_thread *thread) {
     for (int64_t s; (s = ae_next(thread, a->rows, 1)) >= 0;) {
         const float *x = a->logits + s * V;
         const float max = largest(x, V);
-        const int32_t token = isnan(max) ? -1 : draw_row(a, s, x, max, y, w, padded);
+        const int32_t token = isnan(max) ? -1 : draw_row(a, s, x, max, y, w, padded, thread->scratch);
         a->tokens[s] = token;
         report(a, s, x, max, token, y, w, padded);
     }

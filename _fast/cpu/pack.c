@@ -38,7 +38,8 @@ static int64_t chunk_end(const ae_source *s, int64_t col) {
 
 /* Staged columns [k, k + count) of lanes [lane, lane + lanes), into their panel. Runs of 16 columns keep the
  * cache lines that are written few enough to stay in L1. */
-static void interleave(char *panel, const char *staged, int type, int64_t k, int64_t count, int lane, int lanes) {
+static void interleave(char *panel, const char *staged, int type, int64_t k, int64_t count, int lane,
+                       int lanes) {
     for (int64_t i = 0; i < count; i += 16) {
         const int64_t n = count - i < 16 ? count - i : 16, at = k + i;
         for (int r = 0; r < lanes; r++) {
@@ -72,7 +73,8 @@ static void pack_panels(void *arg, const ae_thread *thread) {
     _Alignas(64) char staged[AE_PANEL * STRIDE * 4];
     for (int64_t i; (i = ae_next(thread, panels, 1)) >= 0;) {
         int64_t base = (first + i) * AE_PANEL;
-        int64_t lo = base > j->row_offset ? base : j->row_offset, hi = base + AE_PANEL < stop ? base + AE_PANEL : stop;
+        int64_t lo = base > j->row_offset ? base : j->row_offset;
+        int64_t hi = base + AE_PANEL < stop ? base + AE_PANEL : stop;
         int lane = (int)(lo - base), lanes = (int)(hi - lo);
         char *panel = j->dst + (first + i) * panel_bytes;
         for (int64_t c = s->col_start, end; c < s->col_stop; c = end) {

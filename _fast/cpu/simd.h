@@ -35,7 +35,9 @@ AE_INLINE vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
 AE_INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 AE_INLINE vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 AE_INLINE vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
-AE_INLINE vf vf_round(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+AE_INLINE vf vf_round(vf a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 AE_INLINE vf vf_scale2(vf a, vf n) { return _mm512_scalef_ps(a, n); }
 AE_INLINE float vf_sum(vf a) { return _mm512_reduce_add_ps(a); }
 AE_INLINE float vf_hmax(vf a) { return _mm512_reduce_max_ps(a); }
@@ -226,7 +228,8 @@ AE_INLINE vh vf_to_bf16(vf x) {
     return __builtin_convertvector((vu)vf_select(x != x, (vf)(high | 0x40u), (vf)rounded), vh);
 }
 AE_INLINE vf vf_from_f16(vh h) {
-    vu bits = __builtin_convertvector(h, vu), magnitude = (bits & 0x7FFFu) << 13, sign = (bits & 0x8000u) << 16;
+    vu bits = __builtin_convertvector(h, vu);
+    vu magnitude = (bits & 0x7FFFu) << 13, sign = (bits & 0x8000u) << 16;
     vf finite = (vf)magnitude * vf_set(0x1p112f);
     vf x = vf_select((vi)magnitude >= 0x0F800000, (vf)(magnitude | 0x7F800000u), finite);
     return (vf)((vu)x | sign);
@@ -251,7 +254,7 @@ AE_INLINE void vf_store_f16(uint16_t *p, vf x) { vf_store_f16_n(p, x, W); }
 
 #endif
 
-/* e^x within 2 ulp, for every float: exp(-inf) = 0, overflow gives inf, NaN stays NaN.
+/* e^x within 2 ulp of results that are not subnormal: exp(-inf) = 0, overflow gives inf, NaN stays NaN.
  * x = n ln 2 + r with |r| <= ln(2)/2; the polynomial for e^r is that of Cephes' expf. The operand order of
  * max and min lets a NaN through. */
 AE_INLINE vf vf_exp(vf x) {

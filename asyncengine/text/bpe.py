@@ -32,7 +32,9 @@ PAIR = 32
 class LateMerges:
     """The second step: merges within the words that the first step has left in several tokens."""
 
-    def __init__(self, table: dict[int, int], whole_words: dict[str, int] | None, tokens: Sequence[str | None]) -> None:
+    def __init__(
+        self, table: dict[int, int], whole_words: dict[str, int] | None, tokens: Sequence[str | None]
+    ) -> None:
         self._table = table
         """(left id, right id) → (rank, id of both together)."""
         self._whole_words = whole_words
@@ -117,7 +119,7 @@ def split_bpe(
     ids that follow it, as in `tokenizers`. `options` are those of `models.BPE`. Raises `ModelLoadError` if a
     merge has or makes a token that is not in the vocabulary.
     """
-    vocab = dict(vocab)
+    given, vocab = vocab, dict(vocab)
     if not vocab:
         raise ModelLoadError("the tokenizer's vocabulary is empty")
     fixed = {token.content for token in added} | {options.get("unk_token")}
@@ -139,31 +141,40 @@ def split_bpe(
     first = merges if whole else merges[:FIRST_MERGES]
     late = merges[len(first) :]
     try:
+        if not late:
+            return SplitModel(models.BPE(given, first, **options), None, tokens)
         table, only_late = _late_table(vocab, first, late)
         only_late -= fixed
         model = models.BPE({text: i for text, i in vocab.items() if text not in only_late}, first, **options)
     except Exception as error:  # tokenizers raises plain Exception for everything
         raise ModelLoadError(f"the tokenizer's vocabulary and merges do not fit together: {error}") from error
-    if not late:
-        return SplitModel(model, None, tokens)
-    return SplitModel(model, LateMerges(table, vocab if options.get("ignore_merges") else None, tokens), tokens)
+    whole_words = vocab if options.get("ignore_merges") else None
+    return SplitModel(model, LateMerges(table, whole_words, tokens), tokens)
 
 
 def _late_table(
     vocab: dict[str, int], first: Sequence[tuple[str, str]], late: Sequence[tuple[str, str]]
 ) -> tuple[dict[int, int], set[str | None]]:
-    """The table of the second step, and the tokens that no merge of the first step makes."""
-    made = {left + right for left, right in late}
-    only_late: set[str | None] = {*made.difference([left + right for left, right in first])}
+    """The table of the second step, and the tokens that the first step has no use for."""
+    table: dict[int, int] = {}
+    made: set[str] = set()
+
+    def enter(rank: int, left: str, right: str) -> None:
+        both = left + right
+        table[vocab[left] << PAIR | vocab[right]] = rank << PAIR | vocab[both]
+        made.add(both)
+
+    for rank, (left, right) in enumerate(late, len(first)):
+        enter(rank, left, right)
+    only_late: set[str | None] = {*made}
+    for left, right in first:
+        only_late.difference_update((left, right, left + right))
     # Merges of the first step that what is made in the second step makes possible again.
-    ranked = list(enumerate(late, len(first)))
-    rest = list(enumerate(first))
-    while again := [(rank, merge) for rank, merge in rest if merge[0] in made or merge[1] in made]:
-        ranked += again
-        made.update(left + right for _, (left, right) in again)
-        chosen = {rank for rank, _ in again}
-        rest = [item for item in rest if item[0] not in chosen]
-    table = {
-        vocab[left] << PAIR | vocab[right]: rank << PAIR | vocab[left + right] for rank, (left, right) in ranked
-    }
-    return table, only_late
+    unmade = list(enumerate(first))
+    while True:
+        again = [item for item in unmade if not made.isdisjoint(item[1])]
+        if not again:
+            return table, only_late
+        unmade = [item for item in unmade if made.isdisjoint(item[1])]
+        for rank, (left, right) in again:
+            enter(rank, left, right)

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 
 from ..errors import ModelLoadError
+from .bpe import LateMerges, split_bpe
 from .tokenizer import SPACE_MARK, Tokenizer
-from .bpe import split_bpe
 from .tokenizer_json import Parts, add_tokens
 
 __all__ = ["load_gguf_tokenizer"]
@@ -73,22 +73,21 @@ def load_gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """
     kind = _get(metadata, "model", str)
     tokens = _strings(metadata, "tokens")
-    vocab = {token: i for i, token in enumerate(tokens)}
-    if kind == "gpt2":
-        core, add_bos = _byte_level(metadata, vocab)
-    elif kind == "llama":
-        core, add_bos = _sentencepiece(metadata, tokens, vocab)
-    else:
-        raise _unknown("model", kind, ("gpt2", "llama"))
-
     special = {
         f"{role}_token": tokens[i]
         for key, role in _ROLES.items()
         if (i := _token_id(metadata, key, tokens)) is not None
     }
-    add_tokens(core, _added_tokens(metadata, tokens, special.values()))
+    added = _added_tokens(metadata, tokens, special.values())
+    if kind == "gpt2":
+        core, late, add_bos = _byte_level(metadata, tokens, added)
+    elif kind == "llama":
+        core, late, add_bos = _sentencepiece(metadata, tokens, added)
+    else:
+        raise _unknown("model", kind, ("gpt2", "llama"))
+    add_tokens(core, added)
     return Tokenizer(
-        core,
+        Parts(core, late, tokens),
         special_tokens=special,
         add_bos=_get(metadata, "add_bos_token", bool, add_bos),
         add_eos=_get(metadata, "add_eos_token", bool, False),
@@ -96,14 +95,20 @@ def load_gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     )
 
 
-def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int]) -> tuple[tokenizers.Tokenizer, bool]:
+_Built = tuple[tokenizers.Tokenizer, LateMerges | None, bool]
+"""The core, its late merges, and whether BOS is added where the file does not say."""
+
+
+def _byte_level(metadata: Mapping[str, Any], tokens: list[str], added: list[AddedToken]) -> _Built:
     """Byte-level BPE, as GPT-2 introduced it."""
     name = _get(metadata, "pre", str, "default")
     pre = _PRE.get(name)
     if pre is None:
         raise _unknown("pre", name, _PRE)
     merges = [_pair(merge) for merge in _strings(metadata, "merges")]
-    core = _core(build_bpe(vocab, merges, ignore_merges=pre.whole_words))
+    vocab = {token: i for i, token in enumerate(tokens)}
+    split = split_bpe(vocab, merges, added, ignore_merges=pre.whole_words)
+    core: tokenizers.Tokenizer = tokenizers.Tokenizer(split.model)
     if pre.nfc:
         core.normalizer = normalizers.NFC()
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if pre.digits else []
@@ -112,13 +117,12 @@ def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int]) -> tuple[tok
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.split is None))
     core.pre_tokenizer = pre_tokenizers.Sequence(steps)
     core.decoder = decoders.ByteLevel()
-    return core, pre.add_bos
+    return core, split.late, pre.add_bos
 
 
-def _sentencepiece(
-    metadata: Mapping[str, Any], tokens: list[str], vocab: dict[str, int]
-) -> tuple[tokenizers.Tokenizer, bool]:
+def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], added: list[AddedToken]) -> _Built:
     """SentencePiece's BPE: spaces are written as a mark, unknown characters as their bytes."""
+    vocab = {token: i for i, token in enumerate(tokens)}
     if _KEY + "merges" in metadata:
         merges = [_pair(merge) for merge in _strings(metadata, "merges")]
     else:
@@ -126,14 +130,15 @@ def _sentencepiece(
         if len(scores) != len(tokens):
             raise ModelLoadError(f"the GGUF file has {len(scores)} token scores for {len(tokens)} tokens")
         merges = _merges_of_scores(vocab, scores)
-    core = _core(build_bpe(vocab, merges, fuse_unk=True, byte_fallback=True))
+    split = split_bpe(vocab, merges, added, fuse_unk=True, byte_fallback=True)
+    core: tokenizers.Tokenizer = tokenizers.Tokenizer(split.model)
     prefix = _get(metadata, "add_space_prefix", bool, True)
     core.pre_tokenizer = pre_tokenizers.Metaspace(
         replacement=SPACE_MARK, prepend_scheme="first" if prefix else "never", split=False
     )
     steps: list[Any] = [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
     core.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
-    return core, True
+    return core, split.late, True
 
 
 def _merges_of_scores(vocab: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
@@ -143,19 +148,16 @@ def _merges_of_scores(vocab: Mapping[str, int], scores: Sequence[float]) -> list
     two others is a merge, and those of a higher score come first. Among the cuts of one score the order
     is that of Hugging Face's converters: longer left part, then longer right part, then lower ids.
     """
-    merges = []
+    of_score: dict[float, list[tuple[str, str]]] = {}
     for token, i in vocab.items():
         cuts = [(token[:n], token[n:]) for n in range(1, len(token))]
         known = [(left, right) for left, right in cuts if left in vocab and right in vocab]
         known.sort(key=lambda cut: (vocab[cut[0]], vocab[cut[1]]))
-        merges += [(scores[i], len(left), len(right), left, right) for left, right in known]
-    merges.sort(key=lambda merge: merge[:3], reverse=True)
-    return [merge[3:] for merge in merges]
-
-
-def _core(model: models.Model) -> tokenizers.Tokenizer:
-    core: tokenizers.Tokenizer = tokenizers.Tokenizer(model)
-    return core
+        of_score.setdefault(scores[i], []).extend(known)
+    merges = []
+    for score in sorted(of_score, reverse=True):
+        merges += sorted(of_score[score], key=lambda cut: (len(cut[0]), len(cut[1])), reverse=True)
+    return merges
 
 
 def _added_tokens(metadata: Mapping[str, Any], tokens: list[str], special: Any) -> list[AddedToken]:

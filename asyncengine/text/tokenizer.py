@@ -87,7 +87,7 @@ class Tokenizer:
                 encoding = self._core.encode(text, add_special_tokens=add_special_tokens)
             else:
                 # Only the batched calls let go of Python's global lock.
-                encoding = self._core.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+                encoding = self._core.encode_batch([text], add_special_tokens=add_special_tokens)[0]
         except (TypeError, UnicodeError) as error:
             if not isinstance(text, str):
                 rule = f"must be a string, not {type(text).__name__}"

@@ -14,7 +14,7 @@ from ..checkpoint.gguf import GGUFFile
 from ..errors import ModelLoadError
 from .gguf_tokenizer import load_gguf_tokenizer
 from .tokenizer import Tokenizer
-from .tokenizer_json import add_tokens, read_tokenizer_json
+from .tokenizer_json import read_tokenizer_json
 
 __all__ = ["load_tokenizer"]
 
@@ -60,9 +60,9 @@ def load_tokenizer(
     """The tokenizer of a local directory, a `.gguf` file, or a Hugging Face Hub repository.
 
     `tokenizer.json` is read as it is, and as in transformers 5 it alone decides whether BOS and EOS are
-    added, not the flags in tokenizer_config.json. Where a directory has only the files of older kinds of tokenizers,
-    transformers converts them, if it is installed, in a process of its own; `trust_remote_code` lets that
-    process run the repository's code. Blocks: call it in a thread.
+    added, not the flags in tokenizer_config.json. Where a directory has only the files of older kinds of
+    tokenizers, transformers converts them, if it is installed, in a process of its own;
+    `trust_remote_code` lets that process run the repository's code. Blocks: call it in a thread.
 
     Raises `ModelLoadError` where there is no tokenizer or it cannot be read.
     """
@@ -87,7 +87,6 @@ def load_tokenizer(
 
 
 def _read_directory(path: str) -> Tokenizer:
-    core = read_tokenizer_json(os.path.join(path, "tokenizer.json"))
     config = _read_json(path, "tokenizer_config.json")
     roles = {
         **_read_json(path, "special_tokens_map.json"),
@@ -95,25 +94,20 @@ def _read_directory(path: str) -> Tokenizer:
     }
     special = {role: text for role in _ROLES if (text := _content(roles.get(role))) is not None}
     try:
-        missing = _missing_tokens(core, config, special)
+        declared = _declared_tokens(config, special)
     except Exception as error:
-        raise ModelLoadError(f"{path}/tokenizer_config.json has damaged added tokens: {error}") from error
-    add_tokens(core, missing)
-    return Tokenizer(
-        core,
-        special_tokens=special,
-        chat_template=_chat_template(path, config),
-    )
+        raise ModelLoadError(f"{path}/tokenizer_config.json has damaged added tokens: {error!r}") from error
+    parts = read_tokenizer_json(os.path.join(path, "tokenizer.json"), declared)
+    return Tokenizer(parts, special_tokens=special, chat_template=_chat_template(path, config))
 
 
-def _missing_tokens(core: Any, config: dict[str, Any], special: dict[str, str]) -> list[AddedToken]:
-    """Added tokens that tokenizer_config.json has and tokenizer.json has not."""
-    known = {token.content for token in core.get_added_tokens_decoder().values()}
+def _declared_tokens(config: dict[str, Any], special: dict[str, str]) -> list[AddedToken]:
+    """Added tokens as tokenizer_config.json has them; tokenizer.json need not have all of these."""
     declared = sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))
     tokens = {spec["content"]: AddedToken(**spec) for _, spec in declared}
     for text in special.values():
         tokens.setdefault(text, AddedToken(text, special=True))
-    return [token for text, token in tokens.items() if text not in known]
+    return list(tokens.values())
 
 
 def _chat_template(path: str, config: dict[str, Any]) -> str | dict[str, str] | None:

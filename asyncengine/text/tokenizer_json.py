@@ -70,9 +70,7 @@ def read_tokenizer_json(path: str | os.PathLike[str], more: Sequence[AddedToken]
         for name in ("truncation", "padding"):
             fields[name] = msgspec.Raw(b"null")
         model = msgspec.json.decode(fields["model"], type=dict[str, msgspec.Raw])
-        declared = msgspec.json.decode(
-            fields.get("added_tokens", b"null"), type=list[dict[str, Any]] | None
-        )
+        declared = msgspec.json.decode(fields.get("added_tokens", b"null"), type=list[dict[str, Any]] | None)
         added = [AddedToken(**{k: v for k, v in token.items() if k != "id"}) for token in declared or ()]
         known = {token.content for token in added}
         added += [token for token in more if token.content not in known]
@@ -86,7 +84,9 @@ def read_tokenizer_json(path: str | os.PathLike[str], more: Sequence[AddedToken]
     except FileNotFoundError as error:
         raise ModelLoadError(f"{os.fspath(path)} does not exist") from error
     except Exception as error:  # tokenizers raises plain Exception for everything
-        raise ModelLoadError(f"{os.fspath(path)} is not a tokenizer.json that can be read: {error}") from error
+        raise ModelLoadError(
+            f"{os.fspath(path)} is not a tokenizer.json that can be read: {error}"
+        ) from error
 
 
 def _read_bpe(
@@ -106,7 +106,7 @@ def _read_bpe(
 
 
 # JSON's own reader, a value at a time: other threads may run between two values.
-_scan = json.JSONDecoder().scan_once
+_scan = json.JSONDecoder().raw_decode
 _gap = re.compile(r"[\s,:]*")
 
 

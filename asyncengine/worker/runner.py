@@ -21,6 +21,8 @@ __all__ = ["Runner"]
 
 Progress = Callable[[int, int, str], None]
 
+_MOST = 2**31 - 1
+
 
 class Runner:
     """`fds["comm"]` is the ranks' shared memory, needed where there are several of them."""
@@ -114,6 +116,6 @@ class Runner:
         if not first:
             return None
         payload = b"" if details is None else msgpack.encode(details)
-        spent = (time.perf_counter_ns() - began) // 1000
+        spent = min((time.perf_counter_ns() - began) // 1000, _MOST)
         self._result[:5] = (plan.epoch, plan.step, samples, len(payload), spent)
         return self._result[: RESULT_HEADER + samples].tobytes() + payload

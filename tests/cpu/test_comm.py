@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-
 from asyncengine._fast import cpu
 
 RANK = """
@@ -84,7 +83,14 @@ def memfd(world: int, region: int) -> int:
 # Regions from far too small for a row (every message goes in many chunks) to ample.
 @pytest.mark.parametrize(
     ("world", "threads", "region", "rounds"),
-    [(1, 1, 4096, 20), (2, 1, 1 << 20, 150), (2, 2, 1 << 20, 60), (3, 1, 1000, 30), (2, 2, 4100, 45), (4, 1, 64, 6)],
+    [
+        (1, 1, 4096, 20),
+        (2, 1, 1 << 20, 150),
+        (2, 2, 1 << 20, 60),
+        (3, 1, 1000, 30),
+        (2, 2, 4100, 45),
+        (4, 1, 64, 6),
+    ],
 )
 def test_collectives(world: int, threads: int, region: int, rounds: int) -> None:
     fd = memfd(world, region)

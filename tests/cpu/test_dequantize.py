@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
+from asyncengine._fast import cpu
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
-
-from asyncengine._fast import cpu
 
 QUANTIZED = {"Q8_0": 32, "Q4_0": 32, "Q4_1": 32, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
 SCALES = {"Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
@@ -60,7 +59,16 @@ def test_any_column_range(team: cpu.Team, dtype: str) -> None:
     rows, cols = 9, 1024
     raw = blocks(dtype, rows * cols // QUANTIZED[dtype], 3)
     whole = to_f32(team, dtype, raw, rows, cols)
-    for start, stop in [(0, 1024), (1, 1023), (255, 257), (256, 768), (31, 33), (5, 5), (700, 1024), (1023, 1024)]:
+    for start, stop in [
+        (0, 1024),
+        (1, 1023),
+        (255, 257),
+        (256, 768),
+        (31, 33),
+        (5, 5),
+        (700, 1024),
+        (1023, 1024),
+    ]:
         assert (to_f32(team, dtype, raw, rows, cols, start, stop) == whole[:, start:stop]).all()
 
 

@@ -4,7 +4,6 @@ from functools import cache
 
 import numpy as np
 import pytest
-
 from asyncengine._fast import cpu
 
 LEVELS = cpu.levels()
@@ -162,7 +161,9 @@ def test_fused_and_sliced_packing(src: str, dtype: str) -> None:
     values = np.concatenate([stored(p, src)[1] for p in parts])[:, start:stop]
     x = rng.standard_normal((5, k), np.float32)
     out = linear(t, x, packed, n, dtype, None)
-    check(out, x, stored(values.astype(np.float32), dtype)[1], None, t.level == "avx512bf16" and dtype == "BF16")
+    check(
+        out, x, stored(values.astype(np.float32), dtype)[1], None, t.level == "avx512bf16" and dtype == "BF16"
+    )
 
 
 def test_rows_and_samples_are_counted_apart() -> None:
@@ -171,9 +172,7 @@ def test_rows_and_samples_are_counted_apart() -> None:
     packed = pack(t, np.ones((5, 3), np.float32), "F32")
     out = np.zeros((4, 5), np.float32)
     program = cpu.Program(t)
-    program.add(
-        cpu.LINEAR, cpu.SAMPLES, [out.ctypes.data, x.ctypes.data, packed.address, 0], [5, 3, cpu.F32]
-    )
+    program.add(cpu.LINEAR, cpu.SAMPLES, [out.ctypes.data, x.ctypes.data, packed.address, 0], [5, 3, cpu.F32])
     program.run(step_of(4, 0))
     assert (out == 0).all()
     program.run_op(0, step_of(4, 2))

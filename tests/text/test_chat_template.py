@@ -38,7 +38,8 @@ LLAMA3 = """{{- bos_token }}
         {%- endif %}
         {%- set tool_call = message.tool_calls[0].function %}
         {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
-        {{- '{"name": "' + tool_call.name + '", "parameters": ' }}{{- tool_call.arguments | tojson }}{{- "}" }}
+        {{- '{"name": "' + tool_call.name + '", "parameters": ' }}
+        {{- tool_call.arguments | tojson }}{{- "}" }}
     {%- elif message.role == "tool" or message.role == "ipython" %}
         {{- "<|start_header_id|>ipython<|end_header_id|>\n\n" }}
         {%- if message.content is mapping or message.content is iterable %}{{- message.content | tojson }}
@@ -92,13 +93,15 @@ QWEN3 = """{%- if tools %}
             {{- tool_call.arguments | tojson }}{{- '}\n</tool_call>' }}
         {%- endfor %}
         {{- '<|im_end|>\n' }}
-    {%- elif message.role == "tool" %}{{- '<|im_start|>user\n<tool_response>\n' + content + '\n</tool_response>' }}
+    {%- elif message.role == "tool" %}
+        {{- '<|im_start|>user\n<tool_response>\n' + content + '\n</tool_response>' }}
         {{- '<|im_end|>\n' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}{%- endif %}
 {%- endif %}"""
 
 PARTS = """{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}{% else %}
@@ -106,7 +109,8 @@ PARTS = """{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m
 {% endif %}{% generation %}{{ '~' }}{% endgeneration %}{% endfor %}"""
 
 CONTROLS = """{% for m in messages %}{% if m.role == 'skip' %}{% continue %}{% endif %}{{ m.content }}
-{% if loop.index > 3 %}{% break %}{% endif %}{% endfor %}{{ unk_token }}{{ missing }}{{ strftime_now('%Y')[:2] }}"""
+{% if loop.index > 3 %}{% break %}{% endif %}{% endfor %}{{ unk_token }}{{ missing }}
+{{ strftime_now('%Y')[:2] }}"""
 
 TEMPLATES = {
     "chatml": CHATML,
@@ -226,7 +230,7 @@ def test_named_templates():
     assert error.value.parameter == "chat_template"
 
 
-class Colour(str, enum.Enum):
+class Colour(enum.StrEnum):
     RED = "red"
 
 

@@ -1,14 +1,17 @@
 """Streamed text against decoding all ids at once."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer as Core
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Core
 
 from asyncengine.text.detokenizer import ByteDetokenizer, WindowDetokenizer, make_detokenizer
 from asyncengine.text.gguf_tokenizer import load_gguf_tokenizer
 from asyncengine.text.tokenizer import Tokenizer
+from asyncengine.text.tokenizer_json import Parts
 
 from .texts import PIECES, any_text, train_byte_level, train_sentencepiece, varied
 
@@ -17,7 +20,7 @@ def make_byte_level():
     core = train_byte_level()
     core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     core.add_tokens([AddedToken("né", special=False), AddedToken("日本", special=False)])
-    return Tokenizer(core)
+    return Tokenizer(Parts(core))
 
 
 def make_sentencepiece():
@@ -42,7 +45,7 @@ def make_unigram():
         PIECES * 3,
         trainers.UnigramTrainer(vocab_size=400, unk_token="<unk>", special_tokens=["<unk>", "<s>"]),
     )
-    return Tokenizer(core)
+    return Tokenizer(Parts(core))
 
 
 byte_level, sentencepiece, unigram = make_byte_level(), make_sentencepiece(), make_unigram()
@@ -52,7 +55,7 @@ def stream(detokenizer, ids, cuts=()):
     """Pushes ids in pieces cut at `cuts`, or one at a time."""
     edges = sorted({0, len(ids), *(cut % (len(ids) + 1) for cut in cuts)}) if cuts else range(len(ids) + 1)
     edges = list(edges)
-    pieces = [detokenizer.push(ids[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [detokenizer.push(ids[a:b]) for a, b in itertools.pairwise(edges)]
     return [*pieces, detokenizer.finish()]
 
 

@@ -1,5 +1,6 @@
 """Loading: strict both ways, before anything is copied; types; dummy weights."""
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -7,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from asyncengine.checkpoint.sharding import Shard
 from asyncengine.checkpoint.tensor import TensorView
-from asyncengine.errors import ModelLoadError
+from asyncengine.errors import ModelLoadError, OutOfMemoryError
 from asyncengine.worker.load import DummyCheckpoint, load_weights
 from asyncengine.worker.models.decoder import Decoder
 from asyncengine.worker.models.registry import build_model
@@ -125,12 +126,20 @@ def test_kv_types(saved, kv_dtype, tolerance):
         assert started.allocated.kv_bytes == 200 * 2 * 3 * 2 * 4 * 16 * 2
 
 
+def test_weights_that_cannot_fit_are_refused_with_the_sums(saved, monkeypatch):
+    monkeypatch.setattr("asyncengine.worker.ops.cpu_backend.available_bytes", lambda: 1000)
+    with pytest.raises(
+        OutOfMemoryError, match=r"take [\d,]+ bytes as float32 on each rank, and 1,000 are free"
+    ):
+        Started(spec_of(saved[1]), saved[1])
+
+
 def test_unknown_architecture(saved):
     spec = spec_of(saved[1])
     with pytest.raises(
         ModelLoadError, match="'GPT2LMHeadModel' is not supported; supported: LlamaForCausalLM"
     ):
-        build_model(type(spec)(**{f: getattr(spec, f) for f in spec.__struct_fields__} | {"architecture": "GPT2LMHeadModel"}), Shard())  # fmt: skip # noqa: E501
+        build_model(msgspec.structs.replace(spec, architecture="GPT2LMHeadModel"), Shard())
 
 
 def test_dummy_weights(saved):

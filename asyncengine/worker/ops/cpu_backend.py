@@ -15,6 +15,7 @@ from ...wire.stages import WorkerConfig
 from ..batch import Batch
 from ..kv_cache import KVCache, KVLayout
 from ..load import load_weights
+from ..memory import available_bytes
 from ..models.decoder import Decoder
 from ..rope import cos_sin_table
 from .cpu import Handle, Placement, Recorder, StepMemory
@@ -49,8 +50,15 @@ class CpuBackend:
         )
 
     def load(self, checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> int:
-        """Packs the weights; the bytes they take on this rank."""
+        """Packs the weights; the bytes they take on this rank. OutOfMemoryError if they cannot fit."""
+        free = available_bytes()
         self._weights = CpuWeights(self.team, self._model.parameters(), self._config.dtype)
+        if self._weights.nbytes > free:
+            # The mapping itself costs nothing; filling it would call for the kernel's OOM killer.
+            raise OutOfMemoryError(
+                f"the weights take {self._weights.nbytes:,} bytes as {self._config.dtype} on each rank, and"
+                f" {free:,} are free; use a dtype of 2 bytes, a smaller model, or free memory"
+            )
         load_weights(self._model, checkpoint, self._weights, progress)
         return self._weights.nbytes
 
