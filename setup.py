@@ -10,21 +10,17 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 
-def extension(name: str, *sources: str) -> Extension:
+def extension(name: str) -> Extension:
+    """`_fast/NAME.pyx` with the C sources, headers and parts in the folder beside it."""
     return Extension(
         f"asyncengine._fast.{name}",
-        [f"_fast/{name}.pyx", *sources],
+        [f"_fast/{name}.pyx", *sorted(glob(f"_fast/{name}/*.c"))],
         include_dirs=["_fast"],
-        depends=glob(f"_fast/{name}/*.h") + glob("_fast/*.pxi"),
+        # Also what a source distribution must hold besides the sources.
+        depends=[f"_fast/{name}.pyx", *glob(f"_fast/{name}/*.h"), *glob("_fast/**/*.pxi", recursive=True)],
         extra_compile_args=["-O3", "-std=gnu11", "-fno-math-errno", "-Wall"],
     )
 
-
-EXTENSIONS = [
-    extension("ring"),
-    extension("slots"),
-    extension("cpu", *sorted(glob("_fast/cpu/*.c"))),
-]
 
 PACKAGES = [
     "asyncengine",
@@ -46,7 +42,7 @@ setup(
     package_dir={"asyncengine._fast": "_fast", "asyncengine.kernels": "kernels"},
     package_data={"asyncengine": ["py.typed"], "asyncengine._fast": ["*.pyi"]},
     ext_modules=cythonize(
-        EXTENSIONS,
+        [extension("ring"), extension("slots"), extension("cpu")],
         build_dir="build/cython",
         compiler_directives={
             "language_level": 3,

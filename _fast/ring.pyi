@@ -5,8 +5,6 @@ A record is a kind (u32) and bytes; kinds mean nothing here. Descriptors stay th
 endpoint maps the segment when it is made and does not need the descriptor afterwards.
 """
 
-from typing import SupportsIndex
-
 from typing_extensions import Buffer
 
 MAX_READERS: int

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import uvloop
+
 from asyncengine._fast import ring
 
 CAPACITY = 4 << 20

@@ -16,7 +16,9 @@ async def main() -> None:
             answer = await llm.chat(messages, max_tokens=60, temperature=0)
             print(f"{question}\n  {answer.outputs[0].text}\n  {answer.metrics.total:.2f} s\n")
 
-        await asyncio.gather(*map(ask, ["What is the capital of France?", "Name three fruits.", "What is 2 + 2?"]))
+        await asyncio.gather(
+            *map(ask, ["What is the capital of France?", "Name three fruits.", "What is 2 + 2?"])
+        )
 
 
 asyncio.run(main())

@@ -102,14 +102,18 @@ def test_native_modules_import_nothing_of_ours() -> None:
 def test_import_has_no_side_effect_and_host_is_torch_free() -> None:
     code = """
 import sys, os, threading, signal, asyncio, logging
-before = dict(os.environ), [signal.getsignal(s) for s in signal.valid_signals()], type(asyncio.get_event_loop_policy())
+
+def state():
+    handlers = [signal.getsignal(s) for s in signal.valid_signals()]
+    return dict(os.environ), handlers, type(asyncio.get_event_loop_policy())
+
+before = state()
 import asyncengine
 assert set(sys.modules) & {"torch", "transformers", "numpy", "uvloop", "tokenizers", "jinja2"} == set()
 asyncengine.AsyncLLM, asyncengine.LLM, asyncengine.SamplingParams, asyncengine.GenerationStream
 import asyncengine.serve.cli
 assert set(sys.modules) & {"torch", "transformers", "triton"} == set(), "heavy import"
-after = dict(os.environ), [signal.getsignal(s) for s in signal.valid_signals()], type(asyncio.get_event_loop_policy())
-assert before == after
+assert before == state()
 assert threading.active_count() == 1
 assert not logging.getLogger().handlers
 """
@@ -136,6 +140,14 @@ def test_types(tmp_path: Path) -> None:
     (tmp_path / "asyncengine").mkdir()
     for path in [*PACKAGE.iterdir(), ROOT / "_fast", ROOT / "kernels"]:
         (tmp_path / "asyncengine" / path.name).symlink_to(path)
-    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "-p", "asyncengine"]
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file",
+        str(ROOT / "pyproject.toml"),
+        "-p",
+        "asyncengine",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -51,7 +51,8 @@ enum ae_code {
     AE_ROPE_KV,
     /* p0 out f32 [T, Hq D] · p1 qkv · p2 K cache · p3 V cache · n0 Hq · n1 Hk · n2 D · n4 block size
      * · n5 cache type · n6 window (0: none) · f0 scale.  Causal softmax attention of every token over
-     * the positions (pos - window, pos] of its own sequence; query head h reads KV head h / (Hq/Hk). */
+     * the positions (pos - window, pos] of its own sequence; query head h reads KV head h / (Hq/Hk).
+     * p7 workspace of n7 bytes (see attention.h), or NULL · D is at most 512. */
     AE_ATTENTION,
     /* p0 out [M,I] · p1 gate_up [M,2I] (gate first) · n0 I:  out = gate * sigmoid(gate) * up */
     AE_SILU_MUL,

@@ -42,7 +42,8 @@ static void k_rope_kv(const ae_op *op, const ae_step *step, const ae_thread *thr
             rotate(x, (const float *)op->p[1] + position * rotary, rotary / 2);
         }
         if (h < Hq) continue;
-        const int32_t *table = step->block_table + (int64_t)step->row_slot[step->token_row[t]] * step->table_stride;
+        const int64_t slot = step->row_slot[step->token_row[t]];
+        const int32_t *table = step->block_table + slot * step->table_stride;
         const int64_t head = h < Hq + Hk ? h - Hq : h - Hq - Hk;
         const int64_t row = (table[position / block] * Hk + head) * block + position % block;
         write_row((int)op->n[5], op->p[h < Hq + Hk ? 2 : 3], row * D, x, D);

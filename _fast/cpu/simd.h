@@ -70,7 +70,9 @@ AE_INLINE void vf_store_bf16(uint16_t *p, vf x) { _mm256_storeu_si256((__m256i *
 AE_INLINE void vf_store_bf16_n(uint16_t *p, vf x, int n) {
     _mm256_mask_storeu_epi16(p, MASK16(n), vf_to_bf16(x));
 }
-AE_INLINE vf vf_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+AE_INLINE vf vf_load_f16(const uint16_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
 AE_INLINE vf vf_load_f16_n(const uint16_t *p, int n) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(MASK16(n), p));
 }

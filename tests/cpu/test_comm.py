@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from asyncengine._fast import cpu
 
 RANK = """

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from asyncengine._fast import cpu
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
+
+from asyncengine._fast import cpu
 
 QUANTIZED = {"Q8_0": 32, "Q4_0": 32, "Q4_1": 32, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
 SCALES = {"Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}

@@ -4,6 +4,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+
 from asyncengine._fast import cpu
 
 LEVELS = cpu.levels()

@@ -179,7 +179,16 @@ def test_top_p_keeps_the_smallest_set(level: str) -> None:
     ids = [250, 3, 77, 130, 40]
     x[0, ids] = np.log(2.0) * np.array([3, 2, 1, 0, 0])
     order = [250, 3, 77, 40, 130]
-    for top_p, kept in [(1e-9, 1), (0.49, 1), (0.51, 2), (0.74, 2), (0.76, 3), (0.88, 4), (0.95, 5), (1.0, 5)]:
+    for top_p, kept in [
+        (1e-9, 1),
+        (0.49, 1),
+        (0.51, 2),
+        (0.74, 2),
+        (0.76, 3),
+        (0.88, 4),
+        (0.95, 5),
+        (1.0, 5),
+    ]:
         rows = [{"temperature": 1.0, "top_p": top_p, "seed": 5, "position": p} for p in range(200)]
         drawn = set(draw(team(level), np.repeat(x, 200, axis=0), rows).tolist())
         assert drawn == set(order[:kept]), top_p
@@ -190,7 +199,12 @@ def test_one_token_is_left(level: str) -> None:
     x = np.random.default_rng(0).normal(0, 1, (1, 500)).astype(np.float32)
     best = int(x.argmax())
     noise = {"temperature": 5.0, "seed": 9, "position": 4}
-    for row in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"banned": [i for i in range(500) if i != best]}):
+    for row in (
+        {"top_k": 1},
+        {"top_p": 1e-6},
+        {"min_p": 1.0},
+        {"banned": [i for i in range(500) if i != best]},
+    ):
         assert draw(team(level), x, [noise | row])[0] == best
     assert draw(team(level), x, [noise | {"banned": range(500)}])[0] == -1
 
@@ -232,7 +246,11 @@ def test_draws_follow_the_distribution(level: str) -> None:
 
 def test_noise_is_a_standard_gumbel() -> None:
     """Kolmogorov-Smirnov, for neighbouring seeds, positions and ids: u = exp(-exp(-g)) is uniform."""
-    grids = [(s, 7, 11) for s in range(4000)], [(3, p, 11) for p in range(4000)], [(3, 7, t) for t in range(4000)]
+    grids = (
+        [(s, 7, 11) for s in range(4000)],
+        [(3, p, 11) for p in range(4000)],
+        [(3, 7, t) for t in range(4000)],
+    )
     for grid in grids:
         u = np.sort([math.exp(-math.exp(-gumbel(*point))) for point in grid])
         n = len(u)
@@ -294,7 +312,9 @@ def test_a_large_vocabulary() -> None:
     x = rng.normal(0, 2, (2, vocab)).astype(np.float32)
     x[1] = 0.0  # all alike: every cut falls among ties
     rows = [{"temperature": 1.0, "top_k": 50, "seed": 8, "position": 1}, {"temperature": 1.0, "top_p": 0.5}]
-    drawn = draw(team(LEVELS[-1]), np.repeat(x, 20, axis=0), [rows[i // 20] | {"position": i} for i in range(40)])
+    drawn = draw(
+        team(LEVELS[-1]), np.repeat(x, 20, axis=0), [rows[i // 20] | {"position": i} for i in range(40)]
+    )
     top = set(np.argsort(-x[0])[:50].tolist())
     assert set(drawn[:20].tolist()) <= top
     assert (drawn[20:] < vocab // 2).all() and len(set(drawn[20:].tolist())) > 15

@@ -21,7 +21,9 @@ def test_chat(demo_gguf):
 
 
 def test_chat_conversation(demo_gguf):
-    done = asyncengine("chat", demo_gguf, "--max-tokens", "12", stdin="What is the capital of France?\n\nThanks!\n")
+    done = asyncengine(
+        "chat", demo_gguf, "--max-tokens", "12", stdin="What is the capital of France?\n\nThanks!\n"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("> ") == 4
     assert "Paris" in done.stdout
@@ -31,7 +33,9 @@ def test_generate(demo_gguf):
     done = asyncengine("generate", demo_gguf, "The capital of France is", "--max-tokens", "5")
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
-    piped = asyncengine("generate", "--model", demo_gguf, "--max-tokens", "5", stdin="The capital of France is")
+    piped = asyncengine(
+        "generate", "--model", demo_gguf, "--max-tokens", "5", stdin="The capital of France is"
+    )
     assert piped.stdout == done.stdout
 
 

@@ -34,7 +34,7 @@ def test_tiny_models(tmp_path, architecture):
     """Four heads, two KV heads: on four ranks every KV head is held twice."""
     model = make_model(architecture, head_dim=16) if architecture == "Qwen3" else make_model(architecture)
     model.save_pretrained(tmp_path)
-    prompts = [prompt(length, seed=length) for length in (1, 5, 33, 90)]
+    prompts = [prompt(length) for length in (1, 5, 33, 90)]
     engine = dict(skip_tokenizer_init=True, max_num_batched_tokens=32, max_num_seqs=8)
     one = generate(tmp_path, prompts, 1, **engine)
     assert generate(tmp_path, prompts, 2, **engine) == one
@@ -44,6 +44,6 @@ def test_tiny_models(tmp_path, architecture):
 def test_seeded_sampling_is_the_same_on_every_number_of_ranks(tmp_path):
     make_model("Llama").save_pretrained(tmp_path)
     params = dict(max_tokens=24, temperature=0.8, top_p=0.9, seed=5, repetition_penalty=1.2, ignore_eos=True)
-    prompts = [prompt(20, seed=seed) for seed in range(4)]
+    prompts = [prompt(length) for length in (18, 19, 20, 21)]
     one = generate(tmp_path, prompts, 1, params, skip_tokenizer_init=True)
     assert generate(tmp_path, prompts, 2, params, skip_tokenizer_init=True) == one

@@ -4,9 +4,10 @@ import random
 from array import array
 
 import pytest
-from asyncengine._fast.slots import BlockPool, siphash128
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from asyncengine._fast.slots import BlockPool, siphash128
 
 from . import model
 

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from asyncengine._fast import ring
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from asyncengine._fast import ring
 
 PAGE = os.sysconf("SC_PAGESIZE")
 

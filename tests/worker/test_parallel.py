@@ -7,8 +7,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from asyncengine._fast.cpu import Comm
 
+from asyncengine._fast.cpu import Comm
 from asyncengine.checkpoint.sharding import comm_region_bytes
 from asyncengine.wire.stages import Loaded
 

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from asyncengine._fast.cpu import Buffer, Team
 
+from asyncengine._fast.cpu import Buffer, Team
 from asyncengine.worker.sampler import Sampler
 
 from .plans import PlanBuilder, slot_init

@@ -1,0 +1,184 @@
+# Sampling, and the size of attention's workspace.
+
+cdef extern from "cpu/attention.h" nogil:
+    enum:
+        MAX_DIM
+
+    int64_t attention_workspace_bytes(
+        int threads, int64_t q_heads, int64_t kv_heads, int64_t dim, int64_t max_context
+    )
+
+
+cdef extern from "cpu/sample.h" nogil:
+    ctypedef struct ae_sample:
+        int64_t rows, vocab
+        const float *logits
+        const float *temperature
+        const int32_t *top_k
+        const float *top_p
+        const float *min_p
+        const float *presence
+        const float *frequency
+        const float *repetition
+        const uint64_t *seed
+        const int64_t *position
+        const uint64_t *counts
+        const uint64_t *prompt_mask
+        const int32_t *banned_start
+        const int32_t *banned
+        const int32_t *num_logprobs
+        int64_t max_logprobs
+        float *workspace
+        int32_t *tokens
+        float *logprob
+        int32_t *rank
+        int32_t *top_ids
+        float *top_logprobs
+
+    size_t ae_sample_workspace(int num_threads, int64_t vocab)
+    int ae_sample_run(ae_team *team, const ae_kernels *kernels, const ae_sample *args)
+
+
+cdef extern from "stdlib.h" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)
+
+
+def attention_workspace(
+    int num_threads, int64_t q_heads, int64_t kv_heads, int64_t head_dim, int64_t max_context
+):
+    """Bytes of the workspace of ATTENTION (p7, n7) that keep every thread busy in decode.
+
+    Less is slower where few sequences have long contexts, never wrong. ValueError for heads that ATTENTION
+    does not take.
+    """
+    if num_threads < 1 or kv_heads < 1 or q_heads < 1 or q_heads % kv_heads or max_context < 0:
+        raise ValueError(
+            f"no attention of {q_heads} heads over {kv_heads} KV heads, {max_context} positions"
+            f" and {num_threads} threads"
+        )
+    if not 1 <= head_dim <= MAX_DIM:
+        raise ValueError(f"head_dim must be between 1 and {MAX_DIM}, got {head_dim}")
+    return attention_workspace_bytes(num_threads, q_heads, kv_heads, head_dim, max_context)
+
+
+cdef int _enough(Py_ssize_t have, int64_t rows, str name) except -1:
+    if have < rows:
+        raise ValueError(f"{name} has {have} rows where {rows} are needed")
+    return 0
+
+
+# The first of `rows` elements; NULL for an array that was not given.
+cdef const float *_floats(const float[::1] array, int64_t rows, str name) except? NULL:
+    if array is None:
+        return NULL
+    _enough(array.shape[0], rows, name)
+    return &array[0]
+
+
+cdef const int32_t *_ints(const int32_t[::1] array, int64_t rows, str name) except? NULL:
+    if array is None:
+        return NULL
+    _enough(array.shape[0], rows, name)
+    return &array[0]
+
+
+cdef const uint64_t *_words(const uint64_t[::1] array, int64_t rows, str name) except? NULL:
+    if array is None:
+        return NULL
+    _enough(array.shape[0], rows, name)
+    return &array[0]
+
+
+def sample(
+    Team team not None,
+    uintptr_t logits,
+    int64_t vocab,
+    int32_t[::1] tokens not None,
+    *,
+    const float[::1] temperature=None,
+    const int32_t[::1] top_k=None,
+    const float[::1] top_p=None,
+    const float[::1] min_p=None,
+    const float[::1] presence=None,
+    const float[::1] frequency=None,
+    const float[::1] repetition=None,
+    const uint64_t[::1] seed=None,
+    const int64_t[::1] position=None,
+    const uint64_t[::1] counts=None,
+    const uint64_t[::1] prompt_mask=None,
+    const int32_t[::1] banned_start=None,
+    const int32_t[::1] banned=None,
+    const int32_t[::1] num_logprobs=None,
+    float[::1] logprob=None,
+    int32_t[::1] rank=None,
+    int32_t[:, ::1] top_ids=None,
+    float[:, ::1] top_logprobs=None,
+):
+    """Draws a token into `tokens` [S] for every row of the float32 [S, vocab] matrix at address `logits`.
+
+    What each array means, what its absence means, and the distribution that is drawn from are in
+    `cpu/sample.h`; all have S rows (`banned_start` S + 1). -1 marks a row without a usable logit.
+    `num_logprobs` needs the four arrays after it. Runs on the whole team without the GIL; the logits are
+    not modified. ValueError for arrays that do not fit together.
+    """
+    cdef int64_t rows = tokens.shape[0], i
+    cdef ae_sample args
+    cdef int failed
+    if logits == 0 or not 1 <= vocab < 1 << 31:
+        raise ValueError(f"no logits of {vocab} ids at address {logits}")
+    if rows == 0:
+        return
+    memset(&args, 0, sizeof(args))
+    args.rows = rows
+    args.vocab = vocab
+    args.logits = <const float *>logits
+    args.tokens = &tokens[0]
+    args.temperature = _floats(temperature, rows, "temperature")
+    args.top_k = _ints(top_k, rows, "top_k")
+    args.top_p = _floats(top_p, rows, "top_p")
+    args.min_p = _floats(min_p, rows, "min_p")
+    args.presence = _floats(presence, rows, "presence")
+    args.frequency = _floats(frequency, rows, "frequency")
+    args.repetition = _floats(repetition, rows, "repetition")
+    args.seed = _words(seed, rows, "seed")
+    args.counts = _words(counts, rows, "counts")
+    args.prompt_mask = _words(prompt_mask, rows, "prompt_mask")
+    if position is not None:
+        _enough(position.shape[0], rows, "position")
+        args.position = &position[0]
+    if banned_start is not None:
+        if banned is None:
+            raise ValueError("banned_start needs banned")
+        args.banned_start = _ints(banned_start, rows + 1, "banned_start")
+        for i in range(rows):
+            if not 0 <= banned_start[i] <= banned_start[i + 1] <= banned.shape[0]:
+                raise ValueError(f"banned_start does not ascend within banned at row {i}")
+        args.banned = _ints(banned, 0, "banned")
+    if num_logprobs is not None:
+        if logprob is None or rank is None or top_ids is None or top_logprobs is None:
+            raise ValueError("num_logprobs needs logprob, rank, top_ids and top_logprobs")
+        _enough(logprob.shape[0], rows, "logprob")
+        _enough(rank.shape[0], rows, "rank")
+        _enough(top_ids.shape[0], rows, "top_ids")
+        _enough(top_logprobs.shape[0], rows, "top_logprobs")
+        if top_logprobs.shape[1] != top_ids.shape[1]:
+            raise ValueError("top_ids and top_logprobs must have the same width")
+        args.num_logprobs = _ints(num_logprobs, rows, "num_logprobs")
+        args.max_logprobs = top_ids.shape[1]
+        for i in range(rows):
+            if num_logprobs[i] > args.max_logprobs:
+                raise ValueError(
+                    f"row {i} wants {num_logprobs[i]} logprobs; there is room for {top_ids.shape[1]}"
+                )
+        args.logprob = &logprob[0]
+        args.rank = &rank[0]
+        args.top_ids = &top_ids[0, 0]
+        args.top_logprobs = &top_logprobs[0, 0]
+    args.workspace = <float *>aligned_alloc(64, ae_sample_workspace(team.num_threads, vocab))
+    if args.workspace == NULL:
+        raise MemoryError
+    with nogil:
+        failed = ae_sample_run(team._team, team._kernels, &args)
+        free(args.workspace)
+    if failed:
+        raise RuntimeError(_FORKED)

@@ -1,0 +1,197 @@
+"""Paged attention against float64, and the promise that results depend on nothing but the query."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncengine._fast import cpu
+
+from .one_op import LEVELS, TYPES, narrowed, run, team, widened
+
+
+@dataclass
+class Batch:
+    """Sequences with known keys and values; row r computes positions [start, start + count)."""
+
+    rows: list[tuple[int, int]]
+    q_heads: int
+    kv_heads: int
+    dim: int
+    block: int = 16
+    dtype: str = "f32"
+    window: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.seed)
+        lengths = [start + count for start, count in self.rows]
+        needed = [-(-n // self.block) for n in lengths]
+        used = sum(needed)
+        # Blocks that nobody has, and rows past the end, hold NaN: reading one shows.
+        shape = (used + 3, self.kv_heads, self.block, self.dim)
+        self.keys, self.values = (narrowed(np.full(shape, np.nan, np.float32), self.dtype) for _ in "kv")
+        self.table = np.full((len(self.rows) + 2, max(needed) + 1), used + 2, np.int32)
+        self.slots = rng.permutation(len(self.table))[: len(self.rows)].astype(np.int32)
+        free = iter(rng.permutation(used + 2))
+        self.sequences = []
+        for length, blocks, slot in zip(lengths, needed, self.slots, strict=True):
+            self.table[slot, :blocks] = [next(free) for _ in range(blocks)]
+            x = narrowed(rng.normal(size=(2, length, self.kv_heads, self.dim)).astype(np.float32), self.dtype)
+            at = np.arange(length)
+            for cache, rows in zip((self.keys, self.values), x, strict=True):
+                cache[self.table[slot, at // self.block], :, at % self.block] = rows
+            self.sequences.append(x)
+        tokens = sum(count for _, count in self.rows)
+        self.qkv = rng.normal(0, 1.5, (tokens, self.q_heads + 2 * self.kv_heads, self.dim)).astype(np.float32)
+        self.scale = float(np.float32(self.dim**-0.5))
+
+    def run(
+        self,
+        level: str,
+        threads: int = 1,
+        rows: list[tuple[int, int, int]] | None = None,
+        workspace: int = 1 << 22,
+    ) -> np.ndarray:
+        """The output [tokens, heads, dim]; `rows` may name parts: (row, first, count) of its new tokens."""
+        parts = rows if rows is not None else [(r, 0, count) for r, (_, count) in enumerate(self.rows)]
+        first = np.cumsum([0] + [count for _, count in self.rows])
+        tokens = np.concatenate([np.arange(first[r] + i, first[r] + i + n) for r, i, n in parts])
+        starts = [self.rows[r][0] + i for r, i, _ in parts]
+        counts = [n for _, _, n in parts]
+        qkv = np.ascontiguousarray(self.qkv[tokens])
+        out = np.full((len(tokens), self.q_heads, self.dim), np.nan, np.float32)
+        space = np.full(workspace, 0xFF, np.uint8)  # NaNs
+        run(
+            team(level, threads),
+            cpu.ATTENTION,
+            [out, qkv, self.keys, self.values, 0, 0, 0, space],
+            [self.q_heads, self.kv_heads, self.dim, 0, self.block, TYPES[self.dtype], self.window, workspace],
+            [self.scale],
+            num_tokens=len(tokens),
+            num_seqs=len(parts),
+            positions=np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)]),
+            token_row=np.repeat(np.arange(len(parts)), counts),
+            query_start=np.cumsum([0, *counts]),
+            context_len=np.add(starts, counts),
+            row_slot=self.slots[[r for r, _, _ in parts]],
+            block_table=self.table,
+        )
+        return out
+
+    def exact(self) -> np.ndarray:
+        out, group = [], self.q_heads // self.kv_heads
+        queries = iter(self.qkv[:, : self.q_heads].astype(np.float64))
+        for (start, count), x in zip(self.rows, self.sequences, strict=True):
+            k, v = (np.repeat(widened(part), group, axis=1) for part in x)
+            for position in range(start, start + count):
+                low = max(0, position - self.window + 1) if self.window else 0
+                s = np.einsum("hd,jhd->hj", next(queries), k[low : position + 1]) * self.scale
+                s = np.exp(s - s.max(axis=1, keepdims=True))
+                out.append(np.einsum("hj,jhd->hd", s / s.sum(axis=1, keepdims=True), v[low : position + 1]))
+        return np.array(out)
+
+
+MIXED = [(40, 1), (0, 21), (600, 1), (0, 1), (13, 70), (1029, 3), (63, 2)]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256, 33, 512, 4])
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1), (9, 3), (8, 1)], ids=str)
+def test_mixed_batches(level: str, dim: int, heads: tuple[int, int]) -> None:
+    batch = Batch(MIXED, *heads, dim, block=32 if dim % 3 else 16)
+    np.testing.assert_allclose(batch.run(level, 2), batch.exact(), atol=4e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dim", [64, 33])
+def test_cache_types(level: str, dtype: str, dim: int) -> None:
+    batch = Batch(MIXED, 6, 2, dim, dtype=dtype)
+    np.testing.assert_allclose(batch.run(level, 2), batch.exact(), atol=4e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("window", [1, 7, 64, 100, 512, 700])
+def test_windows(level: str, window: int) -> None:
+    batch = Batch(MIXED, 4, 2, 64, window=window)
+    # Blocks before the window are given back: their entries may say anything.
+    for (start, _), slot in zip(batch.rows, batch.slots, strict=True):
+        batch.table[slot, : max(0, start - window + 1) // batch.block] = 1 << 30
+    np.testing.assert_allclose(batch.run(level, 2), batch.exact(), atol=4e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_many_query_heads_share_one_kv_head(level: str) -> None:
+    batch = Batch([(30, 3), (600, 1)], 71, 1, 16)  # more lines per token than fit a tile
+    np.testing.assert_allclose(batch.run(level, 2), batch.exact(), atol=4e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_large_scores(level: str) -> None:
+    batch = Batch(MIXED, 2, 1, 64)
+    batch.qkv *= 300.0  # one key takes all the weight; others underflow
+    np.testing.assert_allclose(batch.run(level), batch.exact(), atol=3e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_bits_depend_on_nothing_but_the_query(data: st.DataObject) -> None:
+    """Any chunking, order, company, number of threads and workspace gives the same bits."""
+    level = data.draw(st.sampled_from(LEVELS))
+    sizes = st.tuples(st.sampled_from([0, 3, 64, 500, 511, 512, 1100]), st.sampled_from([1, 2, 30, 65, 150]))
+    rows = data.draw(st.lists(sizes, min_size=1, max_size=3))
+    heads = data.draw(st.sampled_from([(1, 1), (3, 1), (4, 2)]))
+    batch = Batch(
+        rows,
+        *heads,
+        data.draw(st.sampled_from([16, 33, 64])),
+        dtype=data.draw(st.sampled_from(list(TYPES))),
+        window=data.draw(st.sampled_from([0, 0, 90])),
+    )
+    whole = batch.run(level, 1, workspace=0)
+    assert np.isfinite(whole).all()
+    first = np.cumsum([0] + [count for _, count in rows])
+    parts = []
+    for r, (_, count) in enumerate(rows):
+        cuts = sorted(data.draw(st.sets(st.integers(1, count - 1), max_size=3))) if count > 1 else []
+        parts += [(r, a, b - a) for a, b in zip([0, *cuts], [*cuts, count], strict=True)]
+    parts = data.draw(st.permutations(parts))
+    got = batch.run(level, 2, parts, workspace=data.draw(st.sampled_from([0, 20_000, 1 << 22])))
+    order = np.concatenate([np.arange(first[r] + i, first[r] + i + n) for r, i, n in parts])
+    np.testing.assert_array_equal(got, whole[order])
+
+
+def test_a_long_context_is_divided_among_threads() -> None:
+    batch = Batch([(9000, 1)], 4, 2, 64)
+    enough = cpu.attention_workspace(2, 4, 2, 64, 9001)
+    exact = batch.exact()
+    for level in LEVELS:
+        divided = batch.run(level, 2, workspace=enough)
+        np.testing.assert_allclose(divided, exact, atol=4e-6, rtol=1e-5)
+        np.testing.assert_array_equal(divided, batch.run(level, 1, workspace=0))
+
+
+def test_a_damaged_sequence_leaves_the_others_alone() -> None:
+    batch = Batch(MIXED, 4, 2, 64)
+    clean = batch.run("portable")
+    batch.qkv[0] = np.nan
+    for level in LEVELS:
+        out = batch.run(level, 2)
+        assert np.isnan(out[0]).all()
+        np.testing.assert_allclose(out[1:], clean[1:], atol=1e-5, rtol=1e-5)
+
+
+def test_the_workspace_refuses_impossible_heads() -> None:
+    for bad in [
+        (0, 4, 2, 64, 10),
+        (2, 3, 2, 64, 10),
+        (2, 4, 0, 64, 10),
+        (2, 4, 2, 513, 10),
+        (2, 4, 2, 64, -1),
+    ]:
+        with pytest.raises(ValueError, match=r"attention of|head_dim"):
+            cpu.attention_workspace(*bad)
+    assert cpu.attention_workspace(1, 9, 3, 64, 8192) == 0

@@ -1,0 +1,103 @@
+"""Per-head norm, rotation and the write into the paged cache, against float64 and transformers."""
+
+import numpy as np
+import pytest
+
+from asyncengine._fast import cpu
+
+from .one_op import LEVELS, TYPES, narrowed, run, team
+
+# heads, KV heads, head size, rotary dim, block
+SHAPES = [
+    (9, 3, 64, 64, 16),
+    (4, 4, 80, 32, 32),
+    (2, 1, 33, 10, 16),
+    (3, 1, 128, 128, 16),
+    (2, 2, 256, 64, 32),
+]
+
+
+def tables(positions: int, rotary: int) -> np.ndarray:
+    """[positions, rotary]: cosines, then sines."""
+    angles = np.arange(positions)[:, None] * 10_000.0 ** (-np.arange(0, rotary, 2) / rotary)
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rope_and_write(level: str, dtype: str, norm: bool, shape: tuple[int, int, int, int, int]) -> None:
+    Hq, Hk, D, rotary, block = shape
+    rng = np.random.default_rng(D)
+    starts, counts = np.array([0, 37, 5]), np.array([20, 1, 33])
+    positions = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)])
+    token_row, T = np.repeat(np.arange(3), counts), int(counts.sum())
+    row_slot = np.array([4, 0, 2])
+    blocks = 5 * 4
+    table = rng.permutation(blocks).reshape(5, 4)
+    qkv = rng.normal(0, 2, (T, Hq + 2 * Hk, D)).astype(np.float32)
+    before = qkv.copy()
+    cos_sin = tables(64, rotary)
+    weights = [rng.normal(1, 0.3, D).astype(np.float32) for _ in "qk"] if norm else [None, None]
+    empty = narrowed(np.full((blocks, Hk, block, D), 7.0, np.float32), dtype)
+    keys, values = empty.copy(), empty.copy()
+    eps = float(np.float32(1e-6))
+    run(
+        team(level, 2),
+        cpu.ROPE_KV,
+        [qkv, cos_sin, keys, values, *weights],
+        [Hq, Hk, D, rotary, block, TYPES[dtype]],
+        [eps],
+        num_tokens=T,
+        num_seqs=3,
+        positions=positions,
+        token_row=token_row,
+        row_slot=row_slot,
+        block_table=table,
+    )
+    exact = before.astype(np.float64)
+    for part, weight in ((slice(0, Hq), weights[0]), (slice(Hq, Hq + Hk), weights[1])):
+        x = exact[:, part]
+        if weight is not None:
+            x = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+        half = rotary // 2
+        cos, sin = (c[positions][:, None].astype(np.float64) for c in (cos_sin[:, :half], cos_sin[:, half:]))
+        a, b = x[..., :half], x[..., half:rotary]
+        exact[:, part] = np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., rotary:]], axis=-1)
+    np.testing.assert_allclose(qkv, exact, atol=3e-6, rtol=3e-6)
+    np.testing.assert_array_equal(qkv[:, Hq + Hk :], before[:, Hq + Hk :])
+
+    # The cache holds the rounded rows at their places, and nothing else was touched.
+    expected_keys, expected_values = empty.copy(), empty.copy()
+    for t, position in enumerate(positions):
+        b = table[row_slot[token_row[t]], position // block]
+        expected_keys[b, :, position % block] = narrowed(qkv[t, Hq : Hq + Hk], dtype)
+        expected_values[b, :, position % block] = narrowed(qkv[t, Hq + Hk :], dtype)
+    np.testing.assert_array_equal(keys, expected_keys)
+    np.testing.assert_array_equal(values, expected_values)
+
+
+def test_the_rotation_is_that_of_transformers() -> None:
+    torch = pytest.importorskip("torch")
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    rng = np.random.default_rng(0)
+    qkv = rng.normal(size=(12, 4, 64)).astype(np.float32)  # 2 heads, 1 KV head
+    cos_sin = tables(12, 64)
+    q, k = (
+        torch.from_numpy(qkv[:, part].copy()).transpose(0, 1)[None] for part in (slice(0, 2), slice(2, 3))
+    )
+    cos, sin = (torch.from_numpy(np.tile(c, 2))[None] for c in (cos_sin[:, :32], cos_sin[:, 32:]))
+    q, k = llama.apply_rotary_pos_emb(q, k, cos, sin)
+    cache = np.zeros((1, 1, 16, 64), np.float32)
+    run(
+        team(LEVELS[-1]),
+        cpu.ROPE_KV,
+        [qkv, cos_sin, cache, cache.copy(), None, None],
+        [2, 1, 64, 64, 16, cpu.F32],
+        num_tokens=12,
+        num_seqs=1,
+        positions=np.arange(12),
+    )
+    np.testing.assert_allclose(qkv[:, :2], q[0].transpose(0, 1).numpy(), atol=1e-6)
+    np.testing.assert_allclose(cache[0, 0, :12], k[0, 0].numpy(), atol=1e-6)
