@@ -21,12 +21,10 @@ from .metrics import HistogramSnapshot
 from .outputs import RequestOutput
 from .params import SamplingParams
 from .text.chat_template import ChatTemplate
-from .text.tokenizer import Tokenizer
+from .text.messages import check_variables
+from .text.tokenizer import INLINE_CHARACTERS, Tokenizer
 
 __all__ = ["AsyncLLM"]
-
-INLINE_CHARACTERS = 8_192
-"""Longer prompts are tokenized in a thread, so that the caller's loop does not stall."""
 
 Messages = list[dict[str, Any]]
 
@@ -158,6 +156,7 @@ class AsyncLLM:
     ) -> GenerationStream:
         """As `generate`, for OpenAI-style messages, rendered by the model's chat template or the caller's."""
         template = self._template(chat_template)
+        variables = check_variables(chat_template_kwargs or {})
 
         def render() -> str:
             return template.render(
@@ -165,7 +164,7 @@ class AsyncLLM:
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                **(chat_template_kwargs or {}),
+                **variables,
             )
 
         # The caller's own template may loop for long, and belongs off the loop whatever its input.
@@ -270,7 +269,12 @@ class AsyncLLM:
                 parameter="messages",
             )
         if source is not None:
-            return ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+            return ChatTemplate(
+                source,
+                bos_token=tokenizer.bos_token,
+                eos_token=tokenizer.eos_token,
+                special_tokens=tokenizer.special_tokens,
+            )
         if self._chat_template is None:
             raise InvalidRequestError(
                 "the model has no chat template; pass chat_template=, or use generate",

@@ -53,7 +53,7 @@ while reader.read(None, 20)[0]:
 
 @contextmanager
 def child(program: str, *numbers: float, fds: tuple[int, ...]) -> Iterator[None]:
-    process = subprocess.Popen([sys.executable, "-c", program, *map(str, numbers)], pass_fds=fds)
+    process = subprocess.Popen([sys.executable, "-P", "-c", program, *map(str, numbers)], pass_fds=fds)
     try:
         yield
         process.wait(10)

@@ -6,6 +6,10 @@ import pytest
 
 from asyncengine.checkpoint.demo import demo_model
 
+# The checkout's `asyncengine/` lacks the native modules of the installed package. Children of the tests
+# shall find the latter, whatever directory they start in.
+os.environ["PYTHONSAFEPATH"] = "1"
+
 
 @pytest.fixture(scope="session")
 def demo_gguf():

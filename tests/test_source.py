@@ -20,8 +20,8 @@ NATIVE = ["_fast"]
 HEAVY = {"torch", "transformers", "triton"}
 
 
-def modules() -> Iterator[Path]:
-    yield from sorted(PACKAGE.rglob("*.py"))
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
 
 
 def part_of(path: Path) -> str:

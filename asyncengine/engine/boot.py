@@ -36,6 +36,10 @@ from .supervisor import WorkerGroup
 __all__ = ["ProgressEvent", "StageReport", "Started", "StartupReport", "start"]
 
 
+SLOT_INIT_BYTES = 2048
+"""Most bytes of a `SlotInit` without its history: nearly all are stop ids."""
+
+
 class ProgressEvent(msgspec.Struct, frozen=True):
     """How far the start is. `total` is 0 where it is not known."""
 
@@ -183,15 +187,14 @@ def _on_death(started: Started, error: EngineDeadError) -> None:
 
 
 def _ring_capacity(config: EngineConfig) -> int:
-    """Room for the largest plans that can be in flight (see `wire.plan` for the layout)."""
-    blocks = -(-config.max_model_len // config.block_size)
-    largest = 4 * (
-        config.max_num_batched_tokens
-        + 10 * config.max_num_seqs
-        + 3 * (config.max_num_batched_tokens // config.block_size + 2 * config.max_num_seqs + blocks)
-    )
-    history = 5 * config.max_model_len * min(config.max_num_seqs, 4)
-    return 4 * (largest + history) + (1 << 20)
+    """Twice the largest plan, laid out as in `wire.plan`: the sequences that enter in one plan have at most
+    `known` tokens, each with an entry of the block table and of the penalties' history at worst."""
+    seqs, tokens = config.max_num_seqs, config.max_num_batched_tokens
+    known = max(config.max_model_len, tokens)
+    rows = 16 * seqs + 4 * tokens
+    updates = 12 * (known // config.block_size + tokens // config.block_size + 3 * seqs)
+    inits = 5 * known + SLOT_INIT_BYTES * seqs
+    return 2 * (rows + updates + inits) + (1 << 20)
 
 
 def _worker_config(started: Started) -> WorkerConfig:

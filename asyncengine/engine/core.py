@@ -48,6 +48,8 @@ class EngineCore:
         self.error: AsyncEngineError | None = None
         """Why the engine takes no more requests; None while it does."""
         self._inflight = 0
+        self._unsent: bytes | None = None
+        """A plan for which the ring had no room."""
         self._depth = MIN_DEPTH
         self._calm = 0
         self._results = 0
@@ -136,21 +138,30 @@ class EngineCore:
             self.loop.call_soon(self._pump)
 
     def _pump(self) -> None:
-        """Plans and sends steps until enough of them are in flight."""
         self._pumping = False
-        if self.error is not None:
-            return
+        if self.error is None:
+            try:
+                self._send_steps()
+            except Exception as error:
+                self._die_of(error)
+
+    def _send_steps(self) -> None:
+        """Plans and sends steps until enough of them are in flight."""
         self._adapt_depth()
         while self._inflight < self._depth:
-            plan = self.scheduler.plan()
-            if plan is None:
-                return
-            if not self.workers.send_plan(plan.data):
-                self.die(EngineDeadError("a worker has stopped reading its plans"))
-                return
+            if self._unsent is None:
+                plan = self.scheduler.plan()
+                if plan is None:
+                    return
+                self._unsent = plan.data
+                for sequence in plan.admitted:
+                    self._mark_started(sequence)
+            if not self.workers.send_plan(self._unsent):
+                if self._inflight == 0:
+                    raise RuntimeError("the workers have answered every plan but read none of the last ones")
+                return  # There will be room when the next result comes.
+            self._unsent = None
             self._inflight += 1
-            for sequence in plan.admitted:
-                self._mark_started(sequence)
 
     def _adapt_depth(self) -> None:
         results, self._results = self._results, 0
@@ -173,8 +184,13 @@ class EngineCore:
 
     def on_result(self, data: bytes) -> None:
         """Commits the result of the oldest step in flight."""
-        if self.error is not None:
-            return
+        if self.error is None:
+            try:
+                self._commit(data)
+            except Exception as error:
+                self._die_of(error)
+
+    def _commit(self, data: bytes) -> None:
         self._inflight -= 1
         self._results += 1
         commit = self.scheduler.commit(data)
@@ -222,6 +238,13 @@ class EngineCore:
             _logger.error("engine is dead: %s", error)
             self._stop_with(error)
             self.workers.kill()
+
+    def _die_of(self, error: Exception) -> None:
+        """A defect of ours: whoever waits hears of it instead of waiting for ever."""
+        _logger.error("the engine loop failed", exc_info=error)
+        dead = EngineDeadError(f"the engine loop failed: {type(error).__name__}: {error}")
+        dead.__cause__ = error
+        self.die(dead)
 
     def close(self) -> None:
         """Takes no more requests and fails those in flight with `EngineClosedError`."""

@@ -291,11 +291,18 @@ class Scheduler:
         insort(self._waiting, seq, key=_RANK)
 
     def _admit(self, ready: list[Sequence]) -> list[Sequence]:
-        """Seats siblings of `ready` sequences, then waiting ones, in order and until something lacks."""
+        """Seats siblings of `ready` sequences, then waiting ones, in order and until something lacks.
+
+        The known tokens of all that enter in one plan are bounded, and so is the size of the plan.
+        """
         table, admitted = self._table, list[Sequence]()
+        room = max(self._max_model_len, self._budget)
         for parent in ready:
             while parent.children and table.budget and table.num_vacant:
                 seq = parent.children[0]
+                room -= len(seq.tokens)
+                if room < 0:
+                    return admitted
                 slot = table.fork(parent.slot, seq, seq.prompt_len, seq.chain, seq.rank)
                 if slot < 0:
                     return admitted
@@ -307,6 +314,9 @@ class Scheduler:
                 self._families.remove(parent)
         while self._waiting and table.budget and table.num_vacant:
             seq = self._waiting[0]
+            room -= len(seq.tokens)
+            if room < 0:
+                break
             seat = table.admit(
                 seq,
                 seq.tokens,
