@@ -6,7 +6,7 @@ is checked once more at the door, in `llm.py`.
 
 import math
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
@@ -34,11 +34,40 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
     json_object: bool | None = None
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+def _canonical(cls: type["SamplingParams"], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields under their own names. Raises for unknown ones, and where one comes under two names."""
+    values: dict[str, Any] = {}
+    for name, value in fields.items():
+        field = _ALIASES.get(name, name)
+        if field not in cls.__struct_fields__:
+            raise InvalidRequestError(
+                f"{name!r} is not a sampling parameter; known: {', '.join(cls.__struct_fields__)}",
+                parameter=name,
+                value=value,
+            )
+        if field in values:
+            raise InvalidRequestError(
+                f"{field!r} is given under two names; pass one of them", parameter=name, value=value
+            )
+        values[field] = value
+    return values
+
+
+class _TakesAliases(msgspec.StructMeta):
+    if not TYPE_CHECKING:  # to type checkers the constructor is the struct's own
+
+        def __call__(cls, **fields):
+            return super().__call__(**_canonical(cls, fields))
+
+
+class SamplingParams(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, metaclass=_TakesAliases
+):
     """How tokens are drawn and when to stop. Raises `InvalidRequestError` naming the wrong field.
 
     The order of operations on a position's logits: penalties, `min_tokens` mask, temperature,
     top-k, top-p, min-p, draw. Logprobs are of the raw model distribution, before all of these.
+    `max_new_tokens` and `max_completion_tokens` are taken as other names of `max_tokens`.
     """
 
     n: int = 1
@@ -53,7 +82,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    """A seeded request draws the same tokens whatever else runs beside it. None: a fresh seed."""
+    """A seeded request draws the same tokens whatever else runs beside it. None: a seed from the engine's own
+    and the request's number."""
     max_tokens: int | None = None
     """None: up to the end of the context."""
     min_tokens: int = 0
@@ -116,10 +146,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             if getattr(self, name) not in (None, (), {}):
                 _refuse(self, name, f"is not supported in this version; {instead}")
 
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
-
     @classmethod
     def from_fields(
         cls,
@@ -144,22 +170,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             values = msgspec.structs.asdict(base)
         elif defaults:
             values = dict(defaults)
-        for name, value in fields.items():
-            field = _ALIASES.get(name, name)
-            if field not in cls.__struct_fields__:
-                raise InvalidRequestError(
-                    f"{name!r} is not a sampling parameter; known: {', '.join(cls.__struct_fields__)}",
-                    parameter=name,
-                    value=value,
-                )
-            if field != name and field in fields:
-                raise InvalidRequestError(
-                    f"{name!r} and {field!r} are the same parameter; pass one of them",
-                    parameter=name,
-                    value=value,
-                )
-            values[field] = value
-        return cls(**values)
+        return cls(**(values | _canonical(cls, fields)))
 
 
 _UNSERVED = {
