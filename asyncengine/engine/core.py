@@ -111,6 +111,8 @@ class EngineCore:
         self.requests.pop(request.id, None)
         request.settle()
         for completion in request.completions:
+            if completion.sequence is not None:
+                completion.sequence.owner = None  # or the two would keep each other
             reason = str(completion.output.finish_reason)
             self.metrics.finished[reason] = self.metrics.finished.get(reason, 0) + 1
         if request.metrics.total is not None:
@@ -209,6 +211,8 @@ class EngineCore:
             else:
                 request.wake()
         for sequence in commit.ended:
+            if sequence.owner is None:  # settled just now, by a stop string or a sibling's failure
+                continue
             request, completion = sequence.owner
             if sequence.error is not None:
                 self.fail(request, RequestFailedError(sequence.error))

@@ -256,6 +256,8 @@ class WorkerGroup:
             rank.lifeline.close()
             rank.replies.close()
         self._plans.close()
+        # The callbacks lead back to the engine: without them its memory goes with its last user.
+        self._on_result = self._on_death = _ignore
 
     # ---- watching
 
@@ -330,6 +332,10 @@ class WorkerGroup:
             self._error = error
         if self._stage is not None and not self._stage.done.done():
             self._stage.done.set_exception(self._error)
+
+
+def _ignore(_: object) -> None:
+    pass
 
 
 def _start_process(args: WorkerArgs) -> subprocess.Popen[bytes]:

@@ -194,7 +194,12 @@ class ReplyReader:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.remove_reader(self.bell)
         self._loop = None
+        self._on_result = self._on_reply = _ignore
         for fd in (self.fd, self.bell):
             os.close(fd)
         self.fd = self.bell = -1
         self._ring.close()
+
+
+def _ignore(_: object) -> None:
+    pass
