@@ -137,8 +137,12 @@ def main() -> None:
         print(f"{engine:14}" + "".join(f"{row[key]:14.1f}" for key in keys))
     ratios = [medians["asyncengine"][key] / medians["transformers"][key] for key in keys]
     print(f"{'ratio':14}" + "".join(f"{ratio:14.2f}" for ratio in ratios))
-    same = [ours["ids"] == theirs["ids"] for ours, theirs in zip(*rounds.values(), strict=True)]
-    print(f"first 16 greedy ids agree in {sum(same)} of {len(same)} rounds")
+    prefixes = [
+        next((i for i, (a, b) in enumerate(zip(ours["ids"], theirs["ids"], strict=True)) if a != b), 16)
+        for ours, theirs in zip(*rounds.values(), strict=True)
+    ]
+    # In bfloat16 the two round at different places; in float32 all 16 are to agree.
+    print(f"greedy ids agree for the first {min(prefixes)} of 16 tokens")
     if args.json:
         with open(args.json, "w") as file:
             json.dump(medians, file, indent=2)

@@ -2,7 +2,7 @@
 
     python benchmarks/startup.py [--model FILE.gguf] [--dtype bfloat16] [--rounds 5]
 
-import     seconds of `import asyncengine`, beyond the interpreter's own start
+import     seconds of `from asyncengine import AsyncLLM`, beyond the interpreter's own start
 create     seconds of `AsyncLLM.create`, by stage
 first      seconds from calling `create` to the first token of a short chat
 host       MiB of the host process after `create`, above a bare interpreter
@@ -25,13 +25,13 @@ BARE = "import os; print(int(open('/proc/self/statm').read().split()[1]) * os.sy
 
 async def one_round(model: str, dtype: str) -> dict[str, float]:
     begin = time.perf_counter()
-    import asyncengine
+    from asyncengine import AsyncLLM
 
     figures = {"import_s": time.perf_counter() - begin}
     import psutil
 
     begin = time.perf_counter()
-    llm = await asyncengine.AsyncLLM.create(model, dtype=dtype)
+    llm = await AsyncLLM.create(model, dtype=dtype)
     figures["create_s"] = time.perf_counter() - begin
     figures["host_mib"] = psutil.Process().memory_info().rss / 2**20
     async for _ in llm.chat([{"role": "user", "content": "Hello!"}], max_tokens=8):

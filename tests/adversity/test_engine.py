@@ -131,7 +131,7 @@ def test_blocked_host_loop_does_not_stop_the_workers(demo_gguf):
 def test_heartbeat_through_a_whole_life(demo_gguf, factory):
     async def run():
         async with Heartbeat() as beat:
-            llm = await AsyncLLM.create(demo_gguf, **ENGINE, num_threads=1)
+            llm = await AsyncLLM.create(demo_gguf, **ENGINE)
             created = beat.worst
             streams = [llm.generate(PROMPT, max_tokens=30, ignore_eos=True) for _ in range(32)]
             streams.append(llm.chat([{"role": "user", "content": "Hello " * 50}], max_tokens=20))
