@@ -16,13 +16,12 @@ from ..errors import ConfigError, ModelLoadError
 from .repository import OnProgress, Repository
 from .safetensors import INDEX_NAME
 
-__all__ = ["LOAD_FORMATS", "ModelFiles", "resolve_model"]
+__all__ = ["LOAD_FORMATS", "TOKENIZER_FILES", "ModelFiles", "resolve_model"]
 
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 
-_CONFIG_FILES = [
+TOKENIZER_FILES = [
     "config.json",
-    "generation_config.json",
     "tokenizer*",
     "*.model",
     "vocab.*",
@@ -31,6 +30,7 @@ _CONFIG_FILES = [
     "added_tokens.json",
     "chat_template.*",
 ]
+_CONFIG_FILES = [*TOKENIZER_FILES, "generation_config.json"]
 _SAFETENSORS = ["*.safetensors", INDEX_NAME]
 # What lies in folders is other exports of the model; `consolidated` is Mistral's own naming of the weights.
 _IGNORED = ["*/*", "consolidated*", "adapter_*"]

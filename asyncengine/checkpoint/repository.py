@@ -68,6 +68,10 @@ class Repository:
         from huggingface_hub import constants, errors
 
         model = f"{self.repository!r}"
+        if isinstance(error, errors.HFValidationError):
+            return ModelLoadError(
+                f"{model} is neither an existing path nor a Hugging Face Hub id such as 'Qwen/Qwen3-0.6B'"
+            )
         if isinstance(error, errors.GatedRepoError):
             return ModelLoadError(
                 f"{model} is gated: accept its terms at {constants.ENDPOINT}/{self.repository}, "

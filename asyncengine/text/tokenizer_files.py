@@ -11,6 +11,8 @@ import msgspec
 from tokenizers import AddedToken
 
 from ..checkpoint.gguf import GGUFFile
+from ..checkpoint.hub import TOKENIZER_FILES
+from ..checkpoint.repository import Repository
 from ..errors import ModelLoadError
 from .gguf_tokenizer import load_gguf_tokenizer
 from .tokenizer import Tokenizer
@@ -18,17 +20,6 @@ from .tokenizer_json import read_tokenizer_json
 
 __all__ = ["load_tokenizer"]
 
-_HUB_FILES = [
-    "config.json",
-    "tokenizer*",
-    "*.model",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.*",
-    "additional_chat_templates/*.jinja",
-]
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tekken.json")
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -162,22 +153,8 @@ def _convert(path: str, trust_remote_code: bool) -> Tokenizer:
 def _download(
     name: str, revision: str | None, token: str | bool | None, download_dir: str | os.PathLike[str] | None
 ) -> str:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(
-            name,
-            revision=revision,
-            token=token,
-            cache_dir=None if download_dir is None else os.fspath(download_dir),
-            allow_patterns=_HUB_FILES,
-            library_name="asyncengine",
-        )
-    except Exception as error:
-        raise ModelLoadError(
-            f"the tokenizer {name!r} is neither an existing path nor can it be had from the Hub: "
-            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        ) from error
+    hub = Repository(name, revision, token, download_dir, None)
+    return hub.download([*TOKENIZER_FILES, "additional_chat_templates/*.jinja"], None)
 
 
 def _read_json(path: str, name: str) -> dict[str, Any]:
