@@ -93,6 +93,8 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True):
                     value=value,
                 )
         values = dict(fields)
+        if type(values.get("dtype")).__module__ == "torch":
+            values["dtype"] = str(values["dtype"]).removeprefix("torch.")
         for name in ("tokenizer", "download_dir", "generation_config"):
             if isinstance(values.get(name), os.PathLike):
                 values[name] = os.fspath(values[name])

@@ -72,6 +72,8 @@ class Door:
         self._count += 1
         if request_id is None:
             request_id = f"request-{self._count}"
+            while request_id in taken:
+                request_id += "+"
         elif not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_REQUEST_ID:
             raise InvalidRequestError(
                 f"request_id must be a string of 1 to {MAX_REQUEST_ID} characters",
@@ -85,7 +87,8 @@ class Door:
                 value=request_id,
             )
         decode = self._tokenizer.token_text if self._tokenizer is not None else _no_text
-        return Request(request_id, prompt if isinstance(prompt, str) else None, params, decode)
+        text = prompt if isinstance(prompt, str) else None
+        return Request(request_id, self._count, text, params, decode)
 
     def tokenize(self, prompt: Any, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt: a non-empty string, or token ids of the vocabulary."""
@@ -98,6 +101,13 @@ class Door:
                 )
             ids = self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         elif isinstance(prompt, (list, tuple, array)):
+            limit = self._config.max_model_len
+            if len(prompt) >= limit:  # before looking at every one of a million ids
+                raise InvalidRequestError(
+                    f"the prompt has {len(prompt)} tokens; it must have fewer than max_model_len={limit}",
+                    parameter="prompt",
+                    value=len(prompt),
+                )
             ids = list(prompt)
             for token in ids:
                 self._check_token(token, "prompt")
@@ -127,7 +137,7 @@ class Door:
         params = request.params
         request.prompt_token_ids = ids
         prompt = array("i", ids)
-        seed = params.seed if params.seed is not None else _derived_seed(self._config.seed, self._count)
+        seed = params.seed if params.seed is not None else _derived_seed(self._config.seed, request.number)
         if self._tokenizer is not None and params.detokenize:
             for completion in request.completions:
                 completion.detokenizer = make_detokenizer(

@@ -155,6 +155,7 @@ class Request:
         "error",
         "id",
         "metrics",
+        "number",
         "params",
         "prompt",
         "prompt_token_ids",
@@ -164,11 +165,14 @@ class Request:
     def __init__(
         self,
         request_id: str,
+        number: int,
         prompt: str | None,
         params: SamplingParams,
         decode_token: Callable[[int], str | None],
     ) -> None:
         self.id = request_id
+        self.number = number
+        """Of its arrival at this engine, from 1."""
         self.prompt = prompt
         self.prompt_token_ids: list[int] = []
         self.params = params

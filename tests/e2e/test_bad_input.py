@@ -174,6 +174,19 @@ def test_option(h, options):
     h.run(run())
 
 
+def test_own_id_that_looks_like_a_given_one(h):
+    async def run():
+        first = h.llm.generate(PROMPT, max_tokens=3, temperature=0)
+        number = int(first.request_id.removeprefix("request-"))
+        second = h.llm.generate(PROMPT, request_id=f"request-{number + 2}", max_tokens=3, temperature=0)
+        third = h.llm.generate(PROMPT, max_tokens=3, temperature=0)
+        assert len({first.request_id, second.request_id, third.request_id}) == 3
+        for stream in (first, second, third):
+            await stream
+
+    h.run(run())
+
+
 def test_duplicate_request_id(h):
     async def run():
         stream = h.llm.generate(PROMPT, request_id="twin", max_tokens=5, temperature=0)
