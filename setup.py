@@ -17,7 +17,7 @@ def extension(name: str) -> Extension:
         [f"_fast/{name}.pyx", *sorted(glob(f"_fast/{name}/*.c"))],
         include_dirs=["_fast"],
         # Also what a source distribution must hold besides the sources.
-        depends=[f"_fast/{name}.pyx", *glob(f"_fast/{name}/*.h"), *glob("_fast/**/*.pxi", recursive=True)],
+        depends=[f"_fast/{name}.pyx", *glob(f"_fast/{name}/*.h"), *glob(f"_fast/{name}/*.pxi")],
         extra_compile_args=["-O3", "-std=gnu11", "-fno-math-errno", "-Wall"],
     )
 

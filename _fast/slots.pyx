@@ -7,11 +7,11 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memmove, memset
 
-include "arrays.pxi"
-include "siphash.pxi"
-include "blocks.pxi"
-include "plan.pxi"
-include "slot.pxi"
+include "slots/arrays.pxi"
+include "slots/siphash.pxi"
+include "slots/blocks.pxi"
+include "slots/plan.pxi"
+include "slots/slot.pxi"
 
 
 cdef class SlotTable:
