@@ -269,12 +269,7 @@ class AsyncLLM:
                 parameter="messages",
             )
         if source is not None:
-            return ChatTemplate(
-                source,
-                bos_token=tokenizer.bos_token,
-                eos_token=tokenizer.eos_token,
-                special_tokens=tokenizer.special_tokens,
-            )
+            return ChatTemplate.for_tokenizer(tokenizer, source)
         if self._chat_template is None:
             raise InvalidRequestError(
                 "the model has no chat template; pass chat_template=, or use generate",

@@ -98,7 +98,6 @@ class Started:
     workers: WorkerGroup = field(init=False)
     core: EngineCore = field(init=False)
     report: StartupReport = field(init=False)
-    profiles: list[Profiled] = field(init=False)
     num_blocks: int = field(init=False)
     operations: int = field(init=False)
 
@@ -242,12 +241,7 @@ def _load_text(args: EngineArgs, files: ModelFiles) -> Text:
     )
     template = None
     if tokenizer.chat_template is not None:
-        template = ChatTemplate(
-            tokenizer.chat_template,
-            bos_token=tokenizer.bos_token,
-            eos_token=tokenizer.eos_token,
-            special_tokens=tokenizer.special_tokens,
-        )
+        template = ChatTemplate.for_tokenizer(tokenizer, tokenizer.chat_template)
         template.compile()
     return Text(tokenizer, template, defaults)
 
@@ -255,14 +249,14 @@ def _load_text(args: EngineArgs, files: ModelFiles) -> Text:
 async def _profile(started: Started) -> int:
     """What a step needs, what memory is left, and how many KV blocks that makes."""
     replies = await started.run_stage("profile")
-    started.profiles = [msgspec.msgpack.decode(reply, type=Profiled) for reply in replies]
+    profiles = [msgspec.msgpack.decode(reply, type=Profiled) for reply in replies]
     config = started.config
     fixed = started.args.max_model_len is not None
-    started.num_blocks = plan_blocks(config, started.profiles, fixed_length=fixed)
+    started.num_blocks = plan_blocks(config, profiles, fixed_length=fixed)
     capacity = started.num_blocks * config.block_size
     if capacity < config.max_model_len:
         started.config = msgspec.structs.replace(config, max_model_len=capacity)
-    return sum(profile.activation_bytes for profile in started.profiles)
+    return sum(profile.activation_bytes for profile in profiles)
 
 
 async def _allocate(started: Started) -> int:

@@ -99,7 +99,6 @@ class EngineCore:
         for completion in request.completions:
             if not completion.finished:
                 if completion.sequence is not None:
-                    completion.absorb()
                     self.scheduler.abort(completion.sequence)
                 completion.finish(reason)
         request.error = error

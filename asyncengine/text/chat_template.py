@@ -6,6 +6,7 @@ from typing import Any
 from ..errors import InvalidRequestError
 from .jinja import compile_template, reads_parts, run_template
 from .messages import check_messages, check_tools, check_variables, refusal
+from .tokenizer import Tokenizer
 
 __all__ = ["ChatTemplate"]
 
@@ -29,6 +30,16 @@ class ChatTemplate:
         self.source = source
         named = {**(special_tokens or {}), "bos_token": bos_token, "eos_token": eos_token}
         self._tokens = {role: token for role, token in named.items() if token is not None}
+
+    @classmethod
+    def for_tokenizer(cls, tokenizer: Tokenizer, source: str | Mapping[str, str]) -> "ChatTemplate":
+        """A template that may name the special tokens of `tokenizer`."""
+        return cls(
+            source,
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+            special_tokens=tokenizer.special_tokens,
+        )
 
     def compile(self) -> None:
         """Compiles ahead of the first `render`, which takes tens of milliseconds; not needed otherwise."""
