@@ -15,15 +15,24 @@ SILU_MUL: int
 SELECT: int
 ALL_REDUCE: int
 ALL_GATHER: int
+QUANTIZE: int
+HEAD: int
 TOKENS: int
 SAMPLES: int
 F32: int
 BF16: int
+Q8: int
+Q4: int
+I8: int
+OPERATION_BYTES: int
+PANEL: int
 F16: int
 
 def levels() -> list[str]: ...
 def source_bytes(src_dtype: str, count: int) -> int: ...
-def packed_bytes(n: int, k: int, dtype: str) -> int: ...
+def source_format(src_dtype: str) -> tuple[int, bool] | None: ...
+def quantized_row_bytes(k: int, group: int) -> int: ...
+def packed_bytes(n: int, k: int, dtype: str, group: int = 0, minimum: bool = False) -> int: ...
 def pack_linear(
     team: Team,
     src_dtype: str,
@@ -34,8 +43,12 @@ def pack_linear(
     dst_dtype: str,
     row_offset: int = 0,
     *,
+    group: int = 0,
+    minimum: bool = False,
     col_start: int = 0,
     col_stop: int | None = None,
+    panel_stride: int = 1,
+    panel_offset: int = 0,
 ) -> None: ...
 def convert(
     team: Team,
@@ -79,6 +92,8 @@ class Step:
         row_slot: ReadableBuffer,
         block_table: ReadableBuffer,
         sample_rows: ReadableBuffer,
+        head_k: ReadableBuffer | None = None,
+        head_temperature: ReadableBuffer | None = None,
     ) -> None: ...
     def set_counts(self, num_tokens: int, num_seqs: int, num_samples: int) -> None: ...
     @property
@@ -115,12 +130,19 @@ class Comm:
 def attention_workspace(
     num_threads: int, q_heads: int, kv_heads: int, head_dim: int, max_context: int
 ) -> int: ...
+def head_bytes(num_threads: int, num_samples: int) -> int: ...
+def sample_workspace(num_threads: int, vocab: int) -> int: ...
+def count_tokens(counts: ReadableBuffer, tokens: ReadableBuffer, vocab: int) -> None: ...
+def kv_block_bytes(dtype: str, kv_heads: int, block_size: int, head_dim: int) -> int: ...
 def sample(
     team: Team,
     logits: int,
     vocab: int,
     tokens: ReadableBuffer,
     *,
+    head_k: ReadableBuffer | None = None,
+    best: int = 0,
+    workspace: int = 0,
     temperature: ReadableBuffer | None = None,
     top_k: ReadableBuffer | None = None,
     top_p: ReadableBuffer | None = None,
@@ -140,3 +162,6 @@ def sample(
     top_ids: ReadableBuffer | None = None,
     top_logprobs: ReadableBuffer | None = None,
 ) -> None: ...
+def peaks(
+    team: Team, read_bytes: int = 268435456, repeats: int = 131072, tries: int = 20
+) -> dict[str, float]: ...

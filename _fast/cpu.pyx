@@ -20,11 +20,11 @@ from libc.string cimport memset, strerror
 
 cdef extern from "cpu/cpu.h" nogil:
     enum:
-        AE_F32, AE_BF16, AE_F16
+        AE_F32, AE_BF16, AE_F16, AE_Q8, AE_Q4, AE_I8
         AE_TOKENS, AE_SAMPLES
         AE_EMBED, AE_RMS_NORM, AE_ADD_RMS_NORM, AE_LINEAR, AE_ROPE_KV, AE_ATTENTION, AE_SILU_MUL, AE_SELECT
-        AE_ALL_REDUCE, AE_ALL_GATHER, AE_NUM_OPS
-        AE_PORTABLE, AE_AVX2, AE_AVX512, AE_AVX512BF16, AE_NUM_LEVELS
+        AE_ALL_REDUCE, AE_ALL_GATHER, AE_QUANTIZE, AE_HEAD, AE_NUM_OPS
+        AE_PORTABLE, AE_AVX2, AE_AVX512, AE_AVX512VNNI, AE_AVX512BF16, AE_NUM_LEVELS
 
     ctypedef struct ae_step:
         int32_t num_tokens
@@ -39,12 +39,14 @@ cdef extern from "cpu/cpu.h" nogil:
         const int32_t *row_slot
         const int32_t *block_table
         const int32_t *sample_rows
+        const int32_t *head_k
+        const float *head_temperature
 
     ctypedef struct ae_op:
         int32_t code
         int32_t rows
         void *p[8]
-        int64_t n[8]
+        int64_t n[9]
         float f[4]
 
     ctypedef struct ae_thread:
@@ -64,14 +66,22 @@ SILU_MUL = AE_SILU_MUL
 SELECT = AE_SELECT
 ALL_REDUCE = AE_ALL_REDUCE
 ALL_GATHER = AE_ALL_GATHER
+QUANTIZE = AE_QUANTIZE
+HEAD = AE_HEAD
 TOKENS = AE_TOKENS
 SAMPLES = AE_SAMPLES
 F32 = AE_F32
 BF16 = AE_BF16
 F16 = AE_F16
+Q8 = AE_Q8
+Q4 = AE_Q4
+I8 = AE_I8
 
-_LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
+OPERATION_BYTES = sizeof(ae_op)
+
+_LEVELS = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16")
 _TYPES = {"F32": AE_F32, "BF16": AE_BF16, "F16": AE_F16}
+_WEIGHT_TYPES = {**_TYPES, "Q8": AE_Q8, "Q4": AE_Q4}
 
 
 def levels():
@@ -90,3 +100,4 @@ include "cpu/program.pxi"
 include "cpu/weights.pxi"
 include "cpu/comm.pxi"
 include "cpu/sample.pxi"
+include "cpu/probe.pxi"

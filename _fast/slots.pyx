@@ -5,13 +5,15 @@ from collections import deque
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memcpy, memmove, memset
+from libc.string cimport memcmp, memcpy, memmove, memset
 
 include "slots/arrays.pxi"
 include "slots/siphash.pxi"
 include "slots/blocks.pxi"
 include "slots/plan.pxi"
+include "slots/ngram.pxi"
 include "slots/slot.pxi"
+include "slots/draft.pxi"
 
 
 cdef class SlotTable:
@@ -26,6 +28,13 @@ cdef class SlotTable:
     cdef readonly int64_t step
     cdef public int epoch
     cdef readonly int64_t hit_tokens, query_tokens
+    cdef readonly int64_t drafts, draft_tokens, accepted_tokens
+    cdef readonly int sampled_only
+    """Tokens of the step committed last if every one of them was sampled from, else 0."""
+    cdef Lookup lookup
+    cdef int num_draft, room, drafted
+    cdef double expected
+    cdef const double[::1] times
     cdef Slot* slots
     cdef int32_t* order
     cdef int32_t* vacant
@@ -36,10 +45,18 @@ cdef class SlotTable:
     cdef bint chunks
     cdef PlanBuffer plan
 
-    def __cinit__(self, BlockPool pool, int num_slots, eos_ids=(), int epoch=0, int watermark=0):
+    def __cinit__(
+        self, BlockPool pool, int num_slots, eos_ids=(), int epoch=0, int watermark=0, tuple lookup=None
+    ):
+        """`lookup`: the most tokens drafted in a row, the longest n-gram looked for and the shortest."""
         cdef int i
         if num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, not {num_slots}")
+        if lookup is not None:
+            self.num_draft, self.lookup.most, self.lookup.least = lookup
+            if self.num_draft < 1 or not 1 <= self.lookup.least <= self.lookup.most <= MAX_NGRAM:
+                raise ValueError(f"lookup={lookup} must be >= 1, n-grams of 1 to {MAX_NGRAM}")
+            self.lookup.key = pool.key.lo | 1
         self.pool, self.num_slots, self.epoch, self.watermark = pool, num_slots, epoch, watermark
         self.slots = <Slot*>_alloc(num_slots * sizeof(Slot))
         self.order = <int32_t*>_alloc(num_slots * sizeof(int32_t))
@@ -94,15 +111,16 @@ cdef class SlotTable:
         self.owners[slot] = owner
         s = &self.slots[slot]
         s.used, s.rank, s.serial, s.relay = True, rank, serial, -1
+        s.source, s.rate = -1, FIRST_RATE
         return slot
 
     def admit(
         self, owner, const int32_t[::1] tokens, bytes chain, *, int max_len, int min_len,
-        const int32_t[::1] stop_ids, bint ignore_eos, tuple rank,
+        const int32_t[::1] stop_ids, bint ignore_eos, tuple rank, bint drafting=False,
     ) -> tuple | None:
         """Seats a sequence in the step being planned, and plans its first row.
 
-        `rank` is its place in the order, (rank, serial). All blocks of its tokens are taken now, cached
+        `rank` is its place in the order, (rank, serial); tokens are drafted for it if `drafting`. All blocks of its tokens are taken now, cached
         ones first, so that a long prompt is never stuck half way. Returns (slot, tokens found in the
         cache), or None if the blocks do not suffice.
         """
@@ -144,6 +162,7 @@ cdef class SlotTable:
             self.plan.update(slot, i, blocks.at[i])
         memcpy(_push(&s.tokens, n), &tokens[0], n * sizeof(int32_t))
         s.known, s.max_len, s.min_len, s.ignore_eos = n, max_len, min_len, ignore_eos
+        s.drafting = drafting and self.num_draft > 0
         s.computed = s.committed = matched * pool.block_size
         _set_stops(s, &stop_ids[0] if stop_ids.shape[0] else NULL, <int>stop_ids.shape[0])
         s.published, s.publishes = matched, len(chain) > 0
@@ -184,6 +203,7 @@ cdef class SlotTable:
             self.plan.copy(p.blocks.at[shared], block)
         memcpy(_push(&s.tokens, prompt_len), p.tokens.at, prompt_len * sizeof(int32_t))
         s.known, s.max_len, s.min_len, s.ignore_eos = prompt_len, p.max_len, p.min_len, p.ignore_eos
+        s.drafting = p.drafting
         # Results come in the order of plans: what the parent has in flight is there before this row is.
         s.computed = s.committed = last
         _set_stops(s, p.stops, p.num_stops)
@@ -243,10 +263,51 @@ cdef class SlotTable:
 
     # -- a plan --------------------------------------------------------------------------------------
 
-    def begin(self, int budget) -> None:
-        """Starts a step of at most `budget` computed tokens."""
+    def look_up(self) -> int:
+        """Predicts what comes next in running sequences that are drafted for; the number of predictions."""
+        cdef int i, room = INDEXED_PER_STEP, count = 0
+        cdef Slot* s
+        for i in range(self.num_running):
+            s = &self.slots[self.order[i]]
+            s.waits = False
+            if _decodes(s) and s.drafting and s.drafts == 0:
+                _predict(s, &self.lookup, &room)
+            count += _decodes(s) and s.source >= 0
+        return count
+
+    def weigh(self, const double[::1] times) -> tuple[float, float, bool]:
+        """What the next step can be expected to give if all results in flight are there before it is planned:
+        tokens, time as in `begin`, and whether it needs results that are in flight."""
+        cdef int i, drafted
+        cdef double alone, time
+        cdef bint pending = False
+        cdef Slot* s
+        self._price(times, <int>times.shape[0] - 1)
+        for i in range(self.num_running):
+            s = &self.slots[self.order[i]]
+            if _decodes(s) and s.source >= 0:
+                alone, drafted = self.expected, self.drafted
+                self._worth(s, min(self.num_draft, self.room))
+                if s.inflight and self.drafted > drafted:
+                    pending = True
+                    # A row that waits alone misses a step: its drafts must make up for that one's token.
+                    time = times[self.drafted] - times[drafted]
+                    s.waits = self.expected - alone - time * alone / times[drafted] > 1
+        return self.expected, times[self.drafted], pending
+
+    def begin(self, int budget, const double[::1] times=None) -> None:
+        """Starts a step of at most `budget` computed tokens.
+
+        `times[i]` is what it takes with i draft tokens, in any unit; without it nothing is drafted.
+        """
         self.budget, self.cursor, self.chunks = budget, 0, False
         self.plan.clear()
+        # Every running sequence has room for its one token, whatever is drafted for the others.
+        self._price(times, 0 if times is None else min(<int>times.shape[0] - 1, budget - self.num_running))
+
+    cdef int _price(self, const double[::1] times, int room) except -1:
+        self.times, self.room, self.expected, self.drafted = times, max(room, 0), self.num_running, 0
+        return 0
 
     def plan_running(self) -> bool:
         """Plans rows for the running sequences: those short of one token first, so that a long prompt
@@ -258,13 +319,17 @@ cdef class SlotTable:
             slot = self.order[self.cursor]
             s = &self.slots[slot]
             missing = s.known + s.inflight - s.computed
-            if missing == 1 and s.computed + 1 < s.max_len:
+            if s.drafts or s.waits:
+                pass
+            elif missing == 1 and s.computed + 1 < s.max_len:
                 if s.computed == s.blocks.size * self.pool.block_size:
                     i = self.pool._allocate()
                     if i < 0:
                         return False
                     _push(&s.blocks, 1)[0] = i
                     self.plan.update(slot, <int>s.blocks.size - 1, i)
+                if s.source >= 0 and s.inflight == 0 and self.room:
+                    self._draft_row(slot, s)
                 self._row(slot, s, 1)
             elif missing > 1:
                 self.chunks = True
@@ -273,13 +338,47 @@ cdef class SlotTable:
             for i in range(self.num_running):
                 s = &self.slots[self.order[i]]
                 missing = s.known + s.inflight - s.computed
-                if missing > 1 and self.budget:
+                if missing > 1 and self.budget and not s.drafts:
                     self._row(self.order[i], s, min(missing, self.budget))
         return True
 
+    cdef int _worth(self, Slot* s, int most) except -1:
+        """How many tokens to draft, at most `most`: as long as one more raises the tokens that are expected
+        of the step by a larger share than its time. Takes them into account."""
+        cdef int count = 0
+        cdef double chance = 1.0, more
+        while count < most:
+            chance *= s.rate
+            more = self.times[self.drafted + 1] - self.times[self.drafted]
+            if chance < MIN_CHANCE or chance * self.times[self.drafted] <= more * self.expected:
+                break
+            self.expected += chance
+            self.drafted += 1
+            count += 1
+        self.room -= count
+        return count
+
+    cdef int _draft_row(self, int slot, Slot* s) except -1:
+        """Drafts what shall follow the known tokens, if that is worth it."""
+        cdef BlockPool pool = self.pool
+        cdef int size = pool.block_size, count = 0, free = pool.num_free - self.num_running
+        # Blocks that the others may need in this step are left alone.
+        cdef int64_t most = s.blocks.size * size - s.known + max(free, 0) * size
+        count = self._worth(s, <int>min(most, self.num_draft, self.room, s.max_len - s.known - 1))
+        while s.known + count > s.blocks.size * size:
+            self.plan.update(slot, <int>s.blocks.size, pool._allocate())
+            _push(&s.blocks, 1)[0] = self.plan.updates.at[self.plan.updates.size - 1]
+        return _draft(s, count)
+
     cdef inline int _row(self, int slot, Slot* s, int count) except -1:
         cdef int start = s.computed, end = start + count, flags = RELAY if start == s.relay else 0
-        if end == s.known + s.inflight:
+        if s.drafts:
+            count += s.drafts
+            end += s.drafts
+            flags = SAMPLE | VERIFY
+            s.inflight = count
+            s.relay = -1
+        elif end == s.known + s.inflight:
             flags |= SAMPLE
             s.inflight += 1
             s.relay = end
@@ -293,7 +392,7 @@ cdef class SlotTable:
         cdef bytes plan, record
         cdef int32_t* row
         cdef Row* memo
-        cdef int sampled = 0
+        cdef int sampled = 0, tokens = 0
         if rows == 0:
             return None
         self.step = (self.step + 1) & 0x7FFFFFFF  # it travels as an int32
@@ -303,10 +402,12 @@ cdef class SlotTable:
         memo = <Row*><char*>record
         for i in range(rows):
             memo[i].slot, memo[i].epoch = row[0], self.slots[row[0]].epoch
-            memo[i].end, memo[i].sampled = row[1] + row[2], row[3] & SAMPLE
+            memo[i].end = row[1] + row[2]
+            memo[i].sampled = row[2] if row[3] & VERIFY else row[3] & SAMPLE
             sampled += memo[i].sampled
+            tokens += row[2]
             row += ROW
-        self.records.append((self.step, sampled, record))
+        self.records.append((self.step, sampled, record, tokens))
         return plan
 
     # -- a result ------------------------------------------------------------------------------------
@@ -316,76 +417,12 @@ cdef class SlotTable:
         are published. Rows of sequences that left their slot meanwhile are dropped.
 
         Returns (progressed, tokens, ended, sampled): owners that got a token, those tokens, endings
-        as (owner, reason, detail), and the owner (None if dropped) of every sampled row, or None if the
-        result has no payload. Ended slots are still to be released. Reason and detail: "stop" with the
-        stop token's id, None for an end-of-sequence token; "length" with None; "error" with the sampled
-        row's number.
+        as (owner, reason, detail), and the owner (None if dropped) of every sample, or None if the
+        result has no payload. A verified row gives its owner as many times as it got a token. Ended slots
+        are still to be released. Reason and detail: "stop" with the stop token's id, None for an
+        end-of-sequence token; "length" with None; "error" with the number of the failed sample.
         """
-        cdef int32_t header[HEADER]
-        cdef list progressed = [], tokens = [], ended = [], sampled = None
-        cdef Py_ssize_t size = result.shape[0], i
-        cdef int step, count, row = -1
-        cdef int32_t token
-        cdef bytes record
-        cdef Row* memo
-        cdef Slot* s
-        if not self.records:
-            raise RuntimeError("a result came though no step is in flight")
-        step, count, record = self.records[0]
-        if size < <Py_ssize_t>sizeof(header):
-            raise RuntimeError(f"step {step}: a result of {size} bytes has no header")
-        memcpy(header, &result[0], sizeof(header))
-        if header[0] != self.epoch or header[1] != step or header[2] != count:
-            raise RuntimeError(
-                f"the result of epoch {header[0]}, step {header[1]} with {header[2]} rows does not answer "
-                f"epoch {self.epoch}, step {step} with {count} sampled rows"
-            )
-        if size != <Py_ssize_t>sizeof(header) + 4 * count + header[3]:
-            raise RuntimeError(f"step {step}: a result of {size} bytes contradicts its own header")
-        self.records.popleft()
-        if header[3]:
-            sampled = []
-        memo = <Row*><char*>record
-        for i in range(<Py_ssize_t>(len(record) // sizeof(Row))):
-            s = &self.slots[memo[i].slot]
-            row += memo[i].sampled
-            if s.epoch != memo[i].epoch or not s.used:
-                if memo[i].sampled and sampled is not None:
-                    sampled.append(None)
-                continue
-            owner = self.owners[memo[i].slot]
-            if memo[i].sampled:
-                if sampled is not None:
-                    sampled.append(owner)
-                memcpy(&token, &result[sizeof(header) + 4 * row], 4)
-                s.inflight -= 1
-                if token < 0:
-                    self._distrust(s)
-                    ended.append((owner, "error", row))
-                    continue
-                _push(&s.tokens, 1)[0] = token
-                s.known += 1
-                progressed.append(owner)
-                tokens.append(token)
-                if s.known > s.min_len and not s.ignore_eos and _in(token, self.eos, self.num_eos):
-                    ended.append((owner, "stop", None))
-                elif s.known > s.min_len and _in(token, s.stops, s.num_stops):
-                    ended.append((owner, "stop", token))
-                elif s.known == s.max_len:
-                    ended.append((owner, "length", None))
-            s.committed = memo[i].end
-            if s.publishes:
-                while (s.published + 1) * self.pool.block_size <= s.committed:
-                    s.hash = self.pool._extend(s.hash, s.tokens.at + s.published * self.pool.block_size)
-                    self.pool._publish(s.blocks.at[s.published], s.hash)
-                    s.published += 1
-        return progressed, tokens, ended, sampled
-
-    cdef void _distrust(self, Slot* s) noexcept:
-        """A failed sequence may have computed nonsense: nobody shall find its blocks."""
-        cdef Py_ssize_t i
-        for i in range(s.blocks.size):
-            self.pool._forget(s.blocks.at[i])
+        return _commit(self, result)
 
     def reset_prefix_cache(self) -> None:
         """Nothing computed before now is found again, also what running sequences have yet to publish."""
@@ -398,36 +435,8 @@ cdef class SlotTable:
 
     def check(self) -> None:
         """Raises RuntimeError if slots, blocks and steps in flight contradict each other."""
-        cdef list refs = [0] * self.pool.num_blocks
-        cdef list inflight = [0] * self.num_slots
-        cdef int i, used = 0
-        cdef Slot* s
-        cdef Row* memo
-        cdef bytes record
-        self.pool.check()
-        for _, _, record in self.records:
-            memo = <Row*><char*>record
-            for i in range(<int>(len(record) // sizeof(Row))):
-                if self.slots[memo[i].slot].epoch == memo[i].epoch:
-                    inflight[memo[i].slot] += memo[i].sampled
-        for i in range(self.num_slots):
-            s = &self.slots[i]
-            used += s.used
-            for j in range(s.blocks.size):
-                refs[s.blocks.at[j]] += 1
-            if not s.used:
-                continue
-            if not s.committed <= s.computed <= s.known + s.inflight <= s.max_len or s.known != s.tokens.size:
-                raise RuntimeError(
-                    f"slot {i}: committed {s.committed}, computed {s.computed}, known {s.known} "
-                    f"({s.tokens.size} held), in flight {s.inflight}, limit {s.max_len} are out of order"
-                )
-            if s.inflight != inflight[i]:
-                raise RuntimeError(f"slot {i}: {s.inflight} samples counted, {inflight[i]} in flight")
-            if s.computed > s.blocks.size * self.pool.block_size:
-                raise RuntimeError(f"slot {i}: {s.computed} positions in {s.blocks.size} blocks")
-        if used != self.num_running:
-            raise RuntimeError(f"{used} slots are used; {self.num_running} were counted")
-        for i in range(self.pool.num_blocks):
-            if refs[i] != self.pool.refs_[i]:
-                raise RuntimeError(f"block {i} has {self.pool.refs_[i]} references; slots hold {refs[i]}")
+        _check_books(self)
+
+
+include "slots/commit.pxi"
+include "slots/check.pxi"

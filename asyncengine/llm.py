@@ -99,6 +99,9 @@ class AsyncLLM:
             "num_preemptions_total": scheduler.num_preemptions,
             "prefix_cache_queries_total": scheduler.prefix_query_tokens,
             "prefix_cache_hits_total": scheduler.prefix_hit_tokens,
+            "spec_decode_num_drafts_total": scheduler.num_drafts,
+            "spec_decode_num_draft_tokens_total": scheduler.num_draft_tokens,
+            "spec_decode_num_accepted_tokens_total": scheduler.num_accepted_tokens,
             **self._core.metrics.snapshot(),
         }
 

@@ -1,4 +1,4 @@
-/* The sizes of the attention kernels that their callers must know. */
+/* The sizes of the KV cache and of the attention kernels that their callers must know. */
 #pragma once
 #include "cpu.h"
 
@@ -6,9 +6,23 @@ enum {
     MAX_DIM = 512,    /* largest head size */
     SPLIT = 512,      /* positions per partial result */
     TILE_KEYS = 64,
-    TILE_LINES = 64,
+    TILE_LINES = 192, /* at most, and half of that where heads are larger than MAX_DIM / 2 */
     PARTIAL_TAIL = 16 /* floats after a partial's values: maximum, sum, and padding to a cache line */
 };
+
+/* The keys (or values) of one block of one layer are [Hk, block, D] elements. Those of AE_I8 are followed, from the
+ * next cache line on, by f32 scales [Hk, block]: scale = max|x| / 127 over the D elements of a token and head, code
+ * = x (127 / max|x|) rounded to nearest even. A row below 2^-120 has scale 0 and zeros; one with a NaN or an
+ * infinity has scale NaN and zeros, so that it shows. */
+static inline int64_t ae_kv_scales_at(int64_t kv_heads, int64_t block, int64_t dim) {
+    return (kv_heads * block * dim + 63) / 64 * 64;
+}
+
+/* Bytes of the keys (or values) of one block of one layer. */
+static inline int64_t ae_kv_block_bytes(int type, int64_t kv_heads, int64_t block, int64_t dim) {
+    if (type == AE_I8) return ae_kv_scales_at(kv_heads, block, dim) + (kv_heads * block * 4 + 63) / 64 * 64;
+    return kv_heads * block * dim * (type == AE_F32 ? 4 : 2);
+}
 
 /* Floats of one partial result. */
 static inline int64_t attention_partial(int64_t dim) { return (dim + 15) / 16 * 16 + PARTIAL_TAIL; }

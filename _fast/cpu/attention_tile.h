@@ -1,181 +1,143 @@
-/* The arithmetic of attention: tiles of lines over splits of positions (see impl_attention.h). */
+/* The arithmetic of attention: tiles of lines over tiles of keys (see impl_attention.h). */
 #pragma once
-#include "attention.h"
-#include "typed.h"
+#include "attention_keys.h"
 
-#if W == 16
-#define VECTORS 4 /* per register block; with up to 4 lines these are the accumulators */
-#define ZIP_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define ZIP_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#elif W == 8
-#define VECTORS 2
-#define ZIP_LOW 0, 8, 1, 9, 2, 10, 3, 11
-#define ZIP_HIGH 4, 12, 5, 13, 6, 14, 7, 15
-#else
-#define VECTORS 2
-#define ZIP_LOW 0, 4, 1, 5
-#define ZIP_HIGH 2, 6, 3, 7
-#endif
+#define VECTORS (W == 16 ? 4 : 2) /* with LINES lines these are the accumulators of a register block */
+#define LINES 6
+#define BATCH 48 /* lines whose scores are at hand at once */
 
-#if defined(__clang__)
-#define ZIP(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else /* gcc has that one since version 12 only */
-typedef int32_t lane_numbers __attribute__((vector_size(4 * W)));
-#define ZIP(a, b, ...) __builtin_shuffle(a, b, (lane_numbers){__VA_ARGS__})
-#endif
-
-/* Transposes W vectors: interleaving the two halves log2(W) times. */
-AE_INLINE void transpose(vf *a) {
-    vf b[W];
-    for (int stage = 1; stage < W; stage *= 2) {
-#pragma GCC unroll 16
-        for (int i = 0; i < W / 2; i++) {
-            b[2 * i] = ZIP(a[i], a[i + W / 2], ZIP_LOW);
-            b[2 * i + 1] = ZIP(a[i], a[i + W / 2], ZIP_HIGH);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < W; i++) a[i] = b[i];
-    }
-}
-
-typedef struct attention {
-    const ae_step *step;
-    int64_t q_heads, kv_heads, group, dim, padded, partial, block, window, stride;
-    const float *qkv;
-    const char *keys, *values;
-    float *out;
-    int type;
-    float scale;
-} attention;
-
-/* A thread's scratch. Rows of acc, merged and value copies are `padded` floats long. */
+/* Lines of one plan row that share a KV head, and the span of what they see, or of one split of that. */
 typedef struct line_tile {
-    float keys[MAX_DIM * TILE_KEYS]; /* transposed: [dim][TILE_KEYS] */
-    float values[TILE_KEYS * MAX_DIM];
-    float acc[TILE_LINES * MAX_DIM], merged[TILE_LINES * MAX_DIM];
-    float scores[TILE_LINES * TILE_KEYS];
-    float m[TILE_LINES], l[TILE_LINES], merged_m[TILE_LINES], merged_l[TILE_LINES];
+    span keys;
+    int64_t row, first_line, lines;
+    float *partials; /* of the row (see `work`), at the split that this is; NULL: all splits */
     const float *query[TILE_LINES];
-    const float *value[TILE_KEYS];
     int32_t first[TILE_LINES], last[TILE_LINES]; /* line i sees positions [first, last) */
-    int64_t lines, begin, end;                   /* the union of these */
 } line_tile;
 
-_Static_assert(sizeof(line_tile) <= AE_SCRATCH, "the scratch of attention");
+/* A thread's scratch. */
+typedef struct attention_scratch {
+    tile_data data;
+    float acc[TILE_LINES * MAX_DIM / 2], merged[TILE_LINES * MAX_DIM / 2]; /* rows of `padded` */
+    float scores[BATCH * TILE_KEYS]; /* of line i at row i % BATCH */
+    float l[TILE_LINES * W], m[TILE_LINES]; /* a line's weights summed lane by lane, and its maximum */
+    float drop[TILE_LINES], factor[TILE_LINES], merged_m[TILE_LINES], merged_l[TILE_LINES];
+    int32_t from[TILE_LINES], to[TILE_LINES]; /* what line i sees of this tile of keys; from >= to: nothing */
+    tile_rows rows;
+    row_queue ahead;
+    line_tile tiles[2];
+} attention_scratch;
 
-/* Columns [i, i + W) of the transposed keys at dimensions [d, d + W), of which n exist. */
-AE_INLINE void load_keys(int type, line_tile *t, const char *const *key, int64_t i, int64_t d, int64_t n) {
-    vf v[W];
-#pragma GCC unroll 16
-    for (int k = 0; k < W; k++) v[k] = load_as(type, key[i + k], d, n);
-    transpose(v);
-#pragma GCC unroll 16
-    for (int k = 0; k < W; k++) vf_store(t->keys + (d + k) * TILE_KEYS + i, v[k]);
-}
+_Static_assert(sizeof(attention_scratch) <= AE_SCRATCH, "the scratch of attention");
 
-/* Positions [j + from, j + to) of one sequence and KV head: keys transposed, values as rows of floats. */
-AE_INLINE void load_tile_as(int type, line_tile *t, const attention *a, const int32_t *table, int64_t head,
-                            int64_t j, int64_t from, int64_t to) {
-    const int64_t D = a->dim, size = (int64_t)ae_type_size(type) * D, whole = D / W * W;
-    const char *key[TILE_KEYS];
-    int64_t number = (j + from) / a->block, offset = (j + from) % a->block;
-    for (int64_t i = from; i < to; i++) {
-        const int64_t at = ((table[number] * a->kv_heads + head) * a->block + offset) * size;
-        key[i] = a->keys + at;
-        t->value[i] = (const float *)(a->values + at);
-        for (int64_t byte = 0; byte < size; byte += 64) { /* blocks lie anywhere: no hardware can guess */
-            __builtin_prefetch(key[i] + byte);
-            __builtin_prefetch((const char *)t->value[i] + byte);
-        }
-        if (++offset == a->block) offset = 0, number++;
+/* scores[i .. i + vectors * W) = scale * query . key, dimension by dimension. `type` says what the transposed keys
+ * are: floats, or words of that type. */
+AE_INLINE void score_at(int lines, int vectors, int type, attention_scratch *s, const line_tile *t, int64_t dim,
+                        int64_t line, int64_t i) {
+    const int parts = 4 / (int)ae_type_size(type);
+    vf sum[LINES][VECTORS];
+    const float *query[LINES], *key = s->data.keys + i;
+    for (int r = 0; r < lines; r++) {
+        query[r] = t->query[line + r];
+        for (int k = 0; k < vectors; k++) sum[r][k] = vf_zero();
     }
-    /* Vectors of keys reach beyond the ends; any key does there, for its score is never used. */
-    const int64_t begin = from / W * W, end = (to + W - 1) / W * W;
-    for (int64_t i = begin; i < from; i++) key[i] = key[from];
-    for (int64_t i = to; i < end; i++) key[i] = key[from];
-    for (int64_t i = begin; i < end; i += W) {
-        for (int64_t d = 0; d < whole; d += W) load_keys(type, t, key, i, d, W);
-        if (whole < D) load_keys(type, t, key, i, whole, D - whole);
+#define SCORE_PART(part)                                                                       \
+    do {                                                                                       \
+        vf column[VECTORS];                                                                    \
+        for (int k = 0; k < vectors; k++) column[k] = part_as(type, word[k], part);            \
+        for (int r = 0; r < lines; r++) {                                                      \
+            const vf q = vf_set(query[r][d + part]);                                           \
+            for (int k = 0; k < vectors; k++) sum[r][k] = vf_fma(q, column[k], sum[r][k]);     \
+        }                                                                                      \
+    } while (0)
+    vf word[VECTORS];
+    int64_t d = 0;
+    for (; d + parts <= dim; d += parts, key += TILE_KEYS) {
+        for (int k = 0; k < vectors; k++) word[k] = vf_load(key + k * W);
+        fetch(&s->ahead, 1);
+#pragma GCC unroll 4
+        for (int part = 0; part < parts; part++) SCORE_PART(part);
     }
-    if (type == AE_F32 && whole == D) return;
-    for (int64_t i = from; i < to; i++) {
-        float *row = t->values + i * a->padded;
-        for (int64_t d = 0; d < whole; d += W) vf_store(row + d, load_as(type, t->value[i], d, W));
-        if (whole < D) vf_store(row + whole, load_as(type, t->value[i], whole, D - whole));
-        t->value[i] = row;
+    if (parts > 1 && d < dim) {
+        for (int k = 0; k < vectors; k++) word[k] = vf_load(key + k * W);
+        SCORE_PART(0);
+        if (parts > 2 && d + 1 < dim) SCORE_PART(1);
+        if (parts > 2 && d + 2 < dim) SCORE_PART(2);
     }
-}
-
-static void load_tile(line_tile *t, const attention *a, const int32_t *table, int64_t head, int64_t j,
-                      int64_t from, int64_t to) {
-    if (a->type == AE_F32) load_tile_as(AE_F32, t, a, table, head, j, from, to);
-    else if (a->type == AE_BF16) load_tile_as(AE_BF16, t, a, table, head, j, from, to);
-    else load_tile_as(AE_F16, t, a, table, head, j, from, to);
-}
-
-/* scores = scale * query . key for `lines` lines and the keys [from, to), to whole blocks of vectors. */
-AE_INLINE void score(int lines, line_tile *t, const attention *a, int64_t line, int64_t from, int64_t to) {
-    const vf scale = vf_set(a->scale);
-    const float *query[4];
-    for (int r = 0; r < lines; r++) query[r] = t->query[line + r];
-    for (int64_t i = from / (VECTORS * W) * (VECTORS * W); i < to; i += VECTORS * W) {
-        vf sum[4][VECTORS];
-        for (int r = 0; r < lines; r++)
-            for (int k = 0; k < VECTORS; k++) sum[r][k] = vf_zero();
-        const float *key = t->keys + i;
-        for (int64_t d = 0; d < a->dim; d++, key += TILE_KEYS) {
-            vf column[VECTORS];
-            for (int k = 0; k < VECTORS; k++) column[k] = vf_load(key + k * W);
-            for (int r = 0; r < lines; r++) {
-                const vf q = vf_set(query[r][d]);
-                for (int k = 0; k < VECTORS; k++) sum[r][k] = vf_fma(q, column[k], sum[r][k]);
-            }
-        }
-        for (int r = 0; r < lines; r++)
-            for (int k = 0; k < VECTORS; k++)
-                vf_store(t->scores + (line + r) * TILE_KEYS + i + k * W, vf_mul(sum[r][k], scale));
-    }
-}
-
-/* Scores of one line into weights exp(score - m); its partial so far is scaled to the new maximum. Not
- * inlined, so that there is one compilation of its arithmetic. */
-static __attribute__((noinline)) void weights(line_tile *t, const attention *a, int64_t line, int64_t from,
-                                              int64_t to) {
-    float *s = t->scores + line * TILE_KEYS;
-    const int64_t begin = from / W * W, end = (to + W - 1) / W * W;
-    for (int64_t i = begin; i < from; i++) s[i] = -INFINITY;
-    for (int64_t i = to; i < end; i++) s[i] = -INFINITY;
-    vf max = vf_set(t->m[line]);
-    for (int64_t i = begin; i < end; i += W) max = vf_max(max, vf_load(s + i));
-    const float m = vf_hmax(max);
-    if (m != t->m[line]) {
-        const float factor = expf(t->m[line] - m);
-        float *acc = t->acc + line * a->padded;
-        for (int64_t d = 0; d < a->padded; d += W)
-            vf_store(acc + d, vf_mul(vf_load(acc + d), vf_set(factor)));
-        t->l[line] *= factor;
-        t->m[line] = m;
-    }
-    vf sum = vf_zero();
-    for (int64_t i = begin; i < end; i += W) {
-        vf p = vf_exp(vf_sub(vf_load(s + i), vf_set(m)));
-        vf_store(s + i, p);
-        sum = vf_add(sum, p);
-    }
-    t->l[line] += vf_sum(sum);
-}
-
-/* acc[d .. d + vectors * W) += sum over keys of weight * value. */
-AE_INLINE void accumulate_at(int lines, int vectors, line_tile *t, int64_t padded, int64_t line, int64_t d,
-                             int64_t from, int64_t to) {
-    vf sum[4][VECTORS];
-    float *acc = t->acc + line * padded + d;
-    const float *p = t->scores + line * TILE_KEYS;
+#undef SCORE_PART
     for (int r = 0; r < lines; r++)
-        for (int k = 0; k < vectors; k++) sum[r][k] = vf_load(acc + r * padded + k * W);
+        for (int k = 0; k < vectors; k++)
+            vf_store(s->scores + (line % BATCH + r) * TILE_KEYS + i + k * W,
+                     vf_mul(sum[r][k], vf_load(s->data.key_scale + i + k * W)));
+}
+
+AE_INLINE void score(int lines, int type, attention_scratch *s, const line_tile *t, int64_t dim, int64_t line) {
+    int64_t begin = TILE_KEYS, end = 0;
+    for (int r = 0; r < lines; r++) {
+        const int64_t from = s->from[line + r], to = s->to[line + r];
+        if (from >= to) continue;
+        begin = from < begin ? from : begin;
+        end = to > end ? to : end;
+    }
+    int64_t i = begin / W * W;
+    for (; i + (VECTORS - 1) * W < end && i + VECTORS * W <= TILE_KEYS; i += VECTORS * W)
+        score_at(lines, VECTORS, type, s, t, dim, line, i);
+    for (; i < end; i += W) score_at(lines, 1, type, s, t, dim, line, i);
+}
+
+/* Scores of lines [lo, hi) into weights 2^(score - m), and `factor`, by which what a line has so far is to be scaled.
+ * Each loop is over all of them, for one line's chain of operations is long. Not inlined, so that there is one
+ * compilation of its arithmetic. */
+static __attribute__((noinline)) void weights(attention_scratch *s, const attention *a, int64_t lo,
+                                              int64_t hi) {
+    for (int64_t line = lo; line < hi; line++) {
+        const int64_t from = s->from[line], to = s->to[line];
+        s->drop[line] = 0.0f;
+        if (from >= to) continue;
+        float *p = s->scores + line % BATCH * TILE_KEYS;
+        const int64_t begin = from / W * W, end = (to + W - 1) / W * W;
+        for (int64_t i = begin; i < from; i++) p[i] = -INFINITY;
+        for (int64_t i = to; i < end; i++) p[i] = -INFINITY;
+        const float old = s->m[line];
+        vf max = vf_set(old);
+        for (int64_t i = begin; i < end; i += W) max = vf_max(max, vf_load(p + i));
+        s->m[line] = vf_hmax(max);
+        s->drop[line] = old - s->m[line];
+    }
+    for (int64_t line = lo; line < hi; line += W)
+        vf_store(s->factor + line, vf_exp2(vf_load(s->drop + line)));
+    const float *scales = a->type == AE_I8 ? s->data.value_scale : NULL;
+    for (int64_t line = lo; line < hi; line++) {
+        const int64_t from = s->from[line], to = s->to[line];
+        if (from >= to) continue;
+        float *p = s->scores + line % BATCH * TILE_KEYS, *total = s->l + line * W;
+        const int64_t begin = from / W * W, end = (to + W - 1) / W * W;
+        const vf m = vf_set(s->m[line]);
+        vf sum = vf_mul(vf_load(total), vf_set(s->factor[line]));
+        for (int64_t i = begin; i < end; i += W) {
+            vf x = vf_exp2(vf_sub(vf_load(p + i), m));
+            sum = vf_add(sum, x);
+            vf_store(p + i, scales ? vf_mul(x, vf_load(scales + i)) : x);
+        }
+        vf_store(total, sum);
+    }
+}
+
+/* acc[d .. d + vectors * W) = factor * acc + sum over the keys [from, to) of weight * value, of which n dimensions
+ * exist. */
+AE_INLINE void accumulate_at(int lines, int vectors, int type, attention_scratch *s, int64_t padded, int64_t line,
+                             int64_t d, int64_t n, int64_t from, int64_t to) {
+    vf sum[LINES][VECTORS];
+    float *acc = s->acc + line * padded + d;
+    const float *p = s->scores + line % BATCH * TILE_KEYS;
+    for (int r = 0; r < lines; r++)
+        for (int k = 0; k < vectors; k++)
+            sum[r][k] = vf_mul(vf_load(acc + r * padded + k * W), vf_set(s->factor[line + r]));
     for (int64_t i = from; i < to; i++) {
+        const char *value = s->data.value[i] + d * (int64_t)ae_type_size(type);
+        if (d == 0) fetch(&s->ahead, 1);
         vf v[VECTORS];
-        for (int k = 0; k < vectors; k++) v[k] = vf_load(t->value[i] + d + k * W);
+        for (int k = 0; k < vectors; k++) v[k] = load_as(type, value, k * W, n);
         for (int r = 0; r < lines; r++) {
             const vf weight = vf_set(p[r * TILE_KEYS + i]);
             for (int k = 0; k < vectors; k++) sum[r][k] = vf_fma(weight, v[k], sum[r][k]);
@@ -185,67 +147,143 @@ AE_INLINE void accumulate_at(int lines, int vectors, line_tile *t, int64_t padde
         for (int k = 0; k < vectors; k++) vf_store(acc + r * padded + k * W, sum[r][k]);
 }
 
-/* `lines` lines over the keys [from, to) of the tile that begins at position j. */
-AE_INLINE void attend_lines(int lines, line_tile *t, const attention *a, int64_t line, int64_t j,
-                            int64_t from, int64_t to) {
-    int64_t begin = to, end = from;
-    int64_t first[4], last[4];
-    for (int r = 0; r < lines; r++) {
-        first[r] = t->first[line + r] - j > from ? t->first[line + r] - j : from;
-        last[r] = t->last[line + r] - j < to ? t->last[line + r] - j : to;
-        if (first[r] >= last[r]) continue;
-        begin = first[r] < begin ? first[r] : begin;
-        end = last[r] > end ? last[r] : end;
-    }
-    if (begin >= end) return;
-    score(lines, t, a, line, begin, end);
-    for (int r = 0; r < lines; r++) {
-        float *p = t->scores + (line + r) * TILE_KEYS;
-        const int sees = first[r] < last[r];
-        if (sees) weights(t, a, line + r, first[r], last[r]);
-        /* What the line does not see weighs nothing: adding 0 * value leaves the bits of the sum. */
-        for (int64_t i = begin; i < (sees ? first[r] : end); i++) p[i] = 0.0f;
-        for (int64_t i = sees ? last[r] : end; i < end; i++) p[i] = 0.0f;
-    }
+AE_INLINE void accumulate(int lines, int type, attention_scratch *s, const attention *a, int64_t line, int64_t from,
+                          int64_t to) {
+    const int64_t D = a->dim;
     int64_t d = 0;
-    for (; d + VECTORS * W <= a->padded; d += VECTORS * W)
-        accumulate_at(lines, VECTORS, t, a->padded, line, d, begin, end);
-    for (; d < a->padded; d += W) accumulate_at(lines, 1, t, a->padded, line, d, begin, end);
+    for (; d + VECTORS * W <= D; d += VECTORS * W)
+        accumulate_at(lines, VECTORS, type, s, a->padded, line, d, W, from, to);
+    for (; d + W <= D; d += W) accumulate_at(lines, 1, type, s, a->padded, line, d, W, from, to);
+    if (d < D) accumulate_at(lines, 1, type, s, a->padded, line, d, D - d, from, to);
+    for (int r = 0; r < lines; r++) s->factor[line + r] = 1.0f;
 }
 
-/* The partials of all lines over the positions [begin, end), which lie in one split. */
-static void attend_split(line_tile *t, const attention *a, const int32_t *table, int64_t head, int64_t begin,
-                         int64_t end) {
-    memset(t->acc, 0, (size_t)(t->lines * a->padded) * sizeof(float));
-    for (int64_t i = 0; i < t->lines; i++) t->m[i] = -INFINITY, t->l[i] = 0.0f;
+/* The keys that all lines of the block see are added together, the others line by line: no line ever touches
+ * what it does not see. `one` is for one line. */
+AE_INLINE void accumulate_block(int lines, int type, attention_scratch *s, const attention *a, int64_t line,
+                                void (*one)(attention_scratch *, const attention *, int64_t, int64_t, int64_t)) {
+    int64_t from = 0, to = TILE_KEYS;
+    for (int r = 0; r < lines; r++) {
+        from = s->from[line + r] > from ? s->from[line + r] : from;
+        to = s->to[line + r] < to ? s->to[line + r] : to;
+    }
+    if (from >= to) {
+        for (int r = 0; r < lines; r++) one(s, a, line + r, s->from[line + r], s->to[line + r]);
+        return;
+    }
+    for (int r = 0; r < lines; r++) one(s, a, line + r, s->from[line + r], from);
+    accumulate(lines, type, s, a, line, from, to);
+    for (int r = 0; r < lines; r++) one(s, a, line + r, to, s->to[line + r]);
+}
+
+/* A register block of lines; a function of its own, so that it has all registers to itself. */
+typedef struct block_kernel {
+    void (*score)(attention_scratch *s, const attention *a, const line_tile *t, int64_t line);
+    void (*accumulate)(attention_scratch *s, const attention *a, int64_t line);
+} block_kernel;
+
+#define NOINLINE static __attribute__((noinline)) void
+#define BLOCK(name, type, n)                                                                                   \
+    NOINLINE score_##name##_##n(attention_scratch *s, const attention *a, const line_tile *t, int64_t line) {  \
+        score(n, type, s, t, a->dim, line);                                                                    \
+    }                                                                                                          \
+    NOINLINE accumulate_##name##_##n(attention_scratch *s, const attention *a, int64_t line) {                 \
+        accumulate_block(n, type, s, a, line, accumulate_one_##name);                                          \
+    }
+#define BLOCKS(name, type)                                                                                     \
+    NOINLINE accumulate_one_##name(attention_scratch *s, const attention *a, int64_t line, int64_t from,       \
+                                   int64_t to) {                                                               \
+        if (from < to) accumulate(1, type, s, a, line, from, to);                                              \
+    }                                                                                                          \
+    BLOCK(name, type, 1)                                                                                       \
+    BLOCK(name, type, 2)                                                                                       \
+    BLOCK(name, type, 3)                                                                                       \
+    BLOCK(name, type, 4)                                                                                       \
+    BLOCK(name, type, 5)                                                                                       \
+    BLOCK(name, type, 6)                                                                                       \
+    static const block_kernel blocks_##name[LINES] = {                                                         \
+        {score_##name##_1, accumulate_##name##_1}, {score_##name##_2, accumulate_##name##_2},                  \
+        {score_##name##_3, accumulate_##name##_3}, {score_##name##_4, accumulate_##name##_4},                  \
+        {score_##name##_5, accumulate_##name##_5}, {score_##name##_6, accumulate_##name##_6},                  \
+    };
+BLOCKS(f32, AE_F32)
+BLOCKS(bf16, AE_BF16)
+BLOCKS(f16, AE_F16)
+BLOCKS(i8, AE_I8)
+
+/* All lines of the tile over the tile of keys in scratch. */
+static void attend(attention_scratch *s, const attention *a, const line_tile *t, const block_kernel *blocks) {
+    for (int64_t lo = 0; lo < t->lines; lo += BATCH) {
+        const int64_t hi = lo + BATCH < t->lines ? lo + BATCH : t->lines;
+        for (int64_t line = lo; line < hi; line += LINES)
+            blocks[line + LINES <= hi ? LINES - 1 : hi - line - 1].score(s, a, t, line);
+        weights(s, a, lo, hi);
+        for (int64_t line = lo; line < hi; line += LINES)
+            blocks[line + LINES <= hi ? LINES - 1 : hi - line - 1].accumulate(s, a, line);
+    }
+}
+
+/* The partials of all lines over the positions [begin, end) of their span, which lie in one split. `next` is what
+ * this thread will work on after it has done the span, or NULL. */
+NOINLINE attend_split(attention_scratch *s, const attention *a, const line_tile *t, int64_t begin, int64_t end,
+                      const line_tile *next) {
+    const span part = {t->keys.table, t->keys.head, begin, end};
+    /* Expanding a tile to floats pays where several blocks of lines read it. */
+    const int expanded = t->lines > LINES || a->type == AE_F32;
+    const block_kernel *blocks = expanded             ? blocks_f32
+                                 : a->type == AE_BF16 ? blocks_bf16
+                                 : a->type == AE_F16  ? blocks_f16
+                                                      : blocks_i8;
+    memset(s->acc, 0, (size_t)(t->lines * a->padded) * sizeof(float));
+    memset(s->l, 0, (size_t)(t->lines * W) * sizeof(float));
+    for (int64_t i = 0; i < t->lines; i++) s->m[i] = -INFINITY;
     for (int64_t j = begin / TILE_KEYS * TILE_KEYS; j < end; j += TILE_KEYS) {
-        const int64_t from = begin > j ? begin - j : 0, to = end - j < TILE_KEYS ? end - j : TILE_KEYS;
-        load_tile(t, a, table, head, j, from, to);
-        int64_t line = 0;
-        for (; line + 4 <= t->lines; line += 4) attend_lines(4, t, a, line, j, from, to);
-        if (t->lines - line == 3) attend_lines(3, t, a, line, j, from, to);
-        if (t->lines - line == 2) attend_lines(2, t, a, line, j, from, to);
-        if (t->lines - line == 1) attend_lines(1, t, a, line, j, from, to);
+        locate(&s->rows, a, &part, j);
+        s->ahead.at = s->ahead.end = NULL;
+        if (t->lines > LINES) { /* long at work on each tile: memory keeps up by itself */
+        } else if (j + TILE_KEYS < t->keys.end) queue_tile(&s->ahead, a, &t->keys, j + TILE_KEYS);
+        else if (next) queue_tile(&s->ahead, a, &next->keys, next->keys.begin);
+        load_tile(&s->data, a, &part, &s->rows, j, expanded, &s->ahead);
+        for (int64_t i = 0; i < t->lines; i++) {
+            const int64_t from = t->first[i] - j, to = t->last[i] - j;
+            s->from[i] = (int32_t)(from > s->rows.from ? from : s->rows.from);
+            s->to[i] = (int32_t)(to < s->rows.to ? to : s->rows.to);
+        }
+        attend(s, a, t, blocks);
     }
 }
 
 /* (M, L, out) <- the union of it and the partial (m, l, acc). Not inlined, see `weights`. */
-static __attribute__((noinline)) void merge(float *out, float *M, float *L, const float *acc, float m,
-                                            float l, int64_t padded) {
+static __attribute__((noinline)) void merge(float *out, float *M, float *L, const float *acc, float m, float l,
+                                            int64_t padded) {
     if (l == 0.0f) return; /* saw nothing in this split */
-    const float max = *M > m ? *M : m, old = expf(*M - max), new = expf(m - max);
+    if (*L == 0.0f) {
+        memcpy(out, acc, (size_t)padded * sizeof(float));
+        *M = m, *L = l;
+        return;
+    }
+    const float max = *M > m ? *M : m;
+    float power[W] = {*M - max, m - max};
+    vf_store(power, vf_exp2(vf_load(power)));
     for (int64_t d = 0; d < padded; d += W)
-        vf_store(out + d, vf_fma(vf_load(acc + d), vf_set(new), vf_mul(vf_load(out + d), vf_set(old))));
-    *L = *L * old + l * new;
+        vf_store(out + d, vf_fma(vf_load(acc + d), vf_set(power[1]), vf_mul(vf_load(out + d), vf_set(power[0]))));
+    *L = *L * power[0] + l * power[1];
     *M = max;
 }
 
-static void finish(float *out, const float *merged, float L, int64_t dim) {
-    const float scale = 1.0f / L;
-    for (int64_t d = 0; d < dim; d++) out[d] = merged[d] * scale;
+/* Head h of a token, from its sum of weighted values, which is overwritten. */
+static void finish(const attention *a, int64_t token, int64_t h, float *merged, float L) {
+    const int64_t width = a->q_heads * a->dim, D = a->dim;
+    const vf scale = vf_set(1.0f / L);
+    for (int64_t d = 0; d < a->padded; d += W) vf_store(merged + d, vf_mul(vf_load(merged + d), scale));
+    if (a->out) memcpy(a->out + token * width + h * D, merged, (size_t)D * sizeof(float));
+    if (a->row8) quantize_groups(a->row8 + token * ae_row8_bytes(width, a->row8_group), merged, width, a->row8_group,
+                                 h * D, (h + 1) * D);
 }
 
-#undef ZIP
 #undef VECTORS
-#undef ZIP_LOW
-#undef ZIP_HIGH
+#undef LINES
+#undef NOINLINE
+#undef BLOCK
+#undef BLOCKS
+#undef BATCH

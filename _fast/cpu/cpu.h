@@ -10,7 +10,16 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum ae_dtype { AE_F32 = 0, AE_BF16 = 1, AE_F16 = 2 };
+/* AE_Q8, AE_Q4: weights of 8 and 4 bits in groups, multiplied in integers (quantized.h). AE_I8: keys and
+ * values of 8 bits with a scale each (attention.h). */
+enum ae_dtype { AE_F32 = 0, AE_BF16 = 1, AE_F16 = 2, AE_Q8 = 3, AE_Q4 = 4, AE_I8 = 5 };
+
+/* How AE_LINEAR ends. */
+enum ae_mode {
+    AE_STORE, /* out = y */
+    AE_ADD,   /* out += y */
+    AE_GATED  /* out [M,N/2] = silu(gate) * up, where y's panels of 32 columns alternate gate, up, gate, ... */
+};
 
 /* M, the number of rows an op works on. */
 enum ae_rows { AE_TOKENS = 0, AE_SAMPLES = 1 };
@@ -28,31 +37,41 @@ typedef struct ae_step {
     const int32_t *row_slot;    /* [R] block_table + row_slot[r] * table_stride is row r's table */
     const int32_t *block_table; /* [slots, table_stride] */
     const int32_t *sample_rows; /* [S] index into [0, T) of each sampled token */
+    const int32_t *head_k;         /* [S] what AE_HEAD keeps of each row; NULL: all of it */
+    const float *head_temperature; /* [S] the divisor of logits that are compared */
 } ae_step;
 
 enum ae_code {
-    /* p0 out f32 [M,H] · p1 table [n2..n2+n3, H] of type n1 · n0 H. Ids outside [n2, n2+n3) give
-     * zeros (another rank has them). */
+    /* p0 out f32 [M,H] · p1 table of the ids [n2, n2+n3) · n0 H · n1 its type. n4 0: plain rows [n3, H];
+     * n4 1: a packed weight of N = n3, K = H, with n5 group size and n6 has-minimum where it is quantized.
+     * Ids outside [n2, n2+n3) give zeros (another rank has them). */
     AE_EMBED,
-    /* p0 out · p1 x · p2 weight f32 [H] · n0 H · f0 eps:  out = x / sqrt(mean(x^2) + eps) * weight */
+    /* Where an op's output is read by quantized linears, p4 takes it as quantized rows of group n3
+     * (quantized.h), and p0 may be NULL; else p4 is NULL. So it is in AE_RMS_NORM, AE_ADD_RMS_NORM, AE_LINEAR
+     * with AE_GATED, AE_ATTENTION and AE_SELECT.
+     *
+     * p0 out · p1 x · p2 weight f32 [H] · n0 H · f0 eps:  out = x / sqrt(mean(x^2) + eps) * weight */
     AE_RMS_NORM,
     /* p0 out · p1 residual, updated · p2 x · p3 weight f32 [H] · n0 H · f0 eps:
      * residual += x; out = rms_norm(residual) */
     AE_ADD_RMS_NORM,
-    /* p0 out [M,N] · p1 x [M,K] · p2 weight, packed (see pack.h) · p3 bias f32 [N] or NULL
-     * · n0 N · n1 K · n2 weight type:  out = x @ weight.T + bias */
+    /* p0 out · p1 x [M,K], for AE_Q8 and AE_Q4 weights quantized rows of group n4 · p2 weight, packed (pack.h)
+     * · p3 bias f32 [N] or NULL · n0 N · n1 K · n2 weight type · n4 group size and n5 has-minimum of quantized
+     * weights · n6 mode (enum ae_mode):  y = x @ weight.T + bias */
     AE_LINEAR,
     /* p0 qkv f32 [T, (Hq + 2 Hk) D], rotated in place · p1 cos_sin f32 [positions, n3]: n3/2 cosines
-     * then n3/2 sines · p2 K cache · p3 V cache, each [blocks, Hk, block, D] · p4, p5 weight f32 [D] of
-     * the per-head RMS norm of q and k, or NULL · n0 Hq · n1 Hk · n2 D · n3 rotary dim · n4 block size
-     * · n5 cache type · f0 eps of the norms.
+     * then n3/2 sines · p2 K cache · p3 V cache: blocks of [Hk, block, D], n8 bytes from block to block; those of
+     * AE_I8 have scales behind them (attention.h) · p4, p5 weight f32 [D] of the per-head RMS norm of q and k, or
+     * NULL · n0 Hq · n1 Hk · n2 D, for AE_I8 at most 512 · n3 rotary dim · n4 block size · n5 cache type · f0 eps
+     * of the norms.
      * Norm, then rotate halves (x1, x2) -> (x1 c - x2 s, x2 c + x1 s), then write k and v at the
      * token's position: block_table[pos / block], row pos % block. */
     AE_ROPE_KV,
-    /* p0 out f32 [T, Hq D] · p1 qkv · p2 K cache · p3 V cache · n0 Hq · n1 Hk · n2 D · n4 block size
-     * · n5 cache type · n6 window (0: none) · f0 scale.  Causal softmax attention of every token over
-     * the positions (pos - window, pos] of its own sequence; query head h reads KV head h / (Hq/Hk).
-     * p7 workspace of n7 bytes (see attention.h), or NULL · D is at most 512. */
+    /* p0 out f32 [T, Hq D], NULL if only p4 is wanted · p1 qkv · p2 K cache · p3 V cache, as for AE_ROPE_KV
+     * · p4 quantized rows of group n3, of which D must be a multiple · n0 Hq · n1 Hk · n2 D · n4 block size · n5
+     * cache type · n6 window (0: none) · n8 bytes from block to block · f0 scale.  Causal softmax attention of
+     * every token over the positions (pos - window, pos] of its own sequence; query head h reads KV head
+     * h / (Hq/Hk). p7 workspace of n7 bytes (see attention.h), or NULL · D is at most 512. */
     AE_ATTENTION,
     /* p0 out [M,I] · p1 gate_up [M,2I] (gate first) · n0 I:  out = gate * sigmoid(gate) * up */
     AE_SILU_MUL,
@@ -63,6 +82,13 @@ enum ae_code {
     /* p0 out [M, n1] · p1 x [M,N] · p2 ae_comm · n0 N · n1 total width · n2 first column of this rank.
      * The ranks' column slices side by side, on every rank. */
     AE_ALL_GATHER,
+    /* p4 quantized rows of group n3 · p1 x f32 [M,K] · n0 K */
+    AE_QUANTIZE,
+    /* p0 logits f32 [M,N] · p1, p2, p3, n0 N, n1, n2, n4, n5 as in AE_LINEAR · p4 ae_best [threads][M] (head.h),
+     * of which the first M are results · rows is AE_SAMPLES:  y = x @ weight.T + bias.
+     * Row s is stored where head_k[s] < 1; else only the head_k[s] <= 64 best of y / head_temperature[s] are
+     * kept, ties to the lower id. */
+    AE_HEAD,
     AE_NUM_OPS
 };
 
@@ -70,7 +96,7 @@ typedef struct ae_op {
     int32_t code;
     int32_t rows; /* enum ae_rows */
     void *p[8];
-    int64_t n[8];
+    int64_t n[9];
     float f[4];
 } ae_op;
 
@@ -107,6 +133,6 @@ static inline int64_t ae_rows_of(const ae_op *op, const ae_step *step) {
 }
 
 /* Instruction-set levels, best last; one table of kernels each (kernels_<level>.c). */
-enum ae_level { AE_PORTABLE, AE_AVX2, AE_AVX512, AE_AVX512BF16, AE_NUM_LEVELS };
+enum ae_level { AE_PORTABLE, AE_AVX2, AE_AVX512, AE_AVX512VNNI, AE_AVX512BF16, AE_NUM_LEVELS };
 
 enum ae_level ae_detect_level(void);

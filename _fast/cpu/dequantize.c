@@ -2,7 +2,9 @@
  *   Q8_0   32 values: d, int8 q[32]                    x = d q
  *   Q4_0   32 values: d, q[16]                         x = d (q - 8)
  *   Q4_1   32 values: d, m, q[16]                      x = d q + m
- *          value i < 16 is the low nibble of q[i], value i + 16 the high one
+ *   Q5_0   32 values: d, h[4], q[16]                   x = d (q - 16)
+ *   Q5_1   32 values: d, m, h[4], q[16]                x = d q + m
+ *          value i < 16 is the low nibble of q[i], value i + 16 the high one; bit i of h is value i's bit 4
  *   Q4_K   256 values in 8 groups: d, m, scales[12], q[128]          x = d s[g] q - m t[g]
  *   Q5_K   256 values in 8 groups: d, m, scales[12], h[32], q[128]   the same, bit g of h[i] is q's bit 4
  *          groups 2p and 2p + 1 are the low and high nibbles of q[32p .. 32p + 32)
@@ -21,6 +23,7 @@
 typedef struct format {
     int block, bytes;
     void (*decode)(float *restrict out, const uint8_t *restrict b);
+    ae_coding coding;
 } format;
 
 static float half_at(const uint8_t *p) {
@@ -50,6 +53,26 @@ static void q4_1(float *restrict out, const uint8_t *restrict b) {
     for (int i = 0; i < 16; i++) {
         out[i] = d * (q[i] & 15) + m;
         out[i + 16] = d * (q[i] >> 4) + m;
+    }
+}
+
+static int fifth_bit(const uint8_t *h, int i) { return (h[i / 8] >> i % 8 & 1) << 4; }
+
+static void q5_0(float *restrict out, const uint8_t *restrict b) {
+    const float d = half_at(b);
+    const uint8_t *h = b + 2, *q = b + 6;
+    for (int i = 0; i < 16; i++) {
+        out[i] = d * ((q[i] & 15) + fifth_bit(h, i) - 16);
+        out[i + 16] = d * ((q[i] >> 4) + fifth_bit(h, i + 16) - 16);
+    }
+}
+
+static void q5_1(float *restrict out, const uint8_t *restrict b) {
+    const float d = half_at(b), m = half_at(b + 2);
+    const uint8_t *h = b + 4, *q = b + 8;
+    for (int i = 0; i < 16; i++) {
+        out[i] = d * ((q[i] & 15) + fifth_bit(h, i)) + m;
+        out[i + 16] = d * ((q[i] >> 4) + fifth_bit(h, i + 16)) + m;
     }
 }
 
@@ -104,9 +127,12 @@ static void q6_k(float *restrict out, const uint8_t *restrict b) {
 }
 
 static const format formats[AE_NUM_SOURCE_TYPES] = {
-    [AE_SRC_F32] = {1, 4, NULL},       [AE_SRC_BF16] = {1, 2, NULL},     [AE_SRC_F16] = {1, 2, NULL},
-    [AE_SRC_Q8_0] = {32, 34, q8_0},    [AE_SRC_Q4_0] = {32, 18, q4_0},   [AE_SRC_Q4_1] = {32, 20, q4_1},
-    [AE_SRC_Q4_K] = {256, 144, q4_k},  [AE_SRC_Q5_K] = {256, 176, q5_k}, [AE_SRC_Q6_K] = {256, 210, q6_k},
+    [AE_SRC_F32] = {1, 4, NULL, {0, 0}},       [AE_SRC_BF16] = {1, 2, NULL, {0, 0}},
+    [AE_SRC_F16] = {1, 2, NULL, {0, 0}},       [AE_SRC_Q8_0] = {32, 34, q8_0, {8, 128}},
+    [AE_SRC_Q4_0] = {32, 18, q4_0, {4, 8}},    [AE_SRC_Q4_1] = {32, 20, q4_1, {4, -1}},
+    [AE_SRC_Q5_0] = {32, 22, q5_0, {5, 16}},   [AE_SRC_Q5_1] = {32, 24, q5_1, {5, -1}},
+    [AE_SRC_Q4_K] = {256, 144, q4_k, {4, -1}}, [AE_SRC_Q5_K] = {256, 176, q5_k, {5, -1}},
+    [AE_SRC_Q6_K] = {256, 210, q6_k, {0, 0}},
 };
 
 int ae_source_block(int type) { return formats[type].block; }
@@ -143,5 +169,23 @@ void ae_dequantize(float *out, const void *row, int type, int64_t start, int64_t
         }
         out += n;
         count -= n;
+    }
+}
+
+ae_coding ae_source_coding(int type) { return formats[type].coding; }
+
+void ae_source_scale(float *scale, float *minimum, const void *row, int type, int64_t start) {
+    const format *f = &formats[type];
+    const uint8_t *b = (const uint8_t *)row + start / f->block * f->bytes;
+    *scale = half_at(b);
+    if (f->coding.zero >= 0) {
+        *minimum = -(float)f->coding.zero * *scale;
+    } else if (f->block == 32) {
+        *minimum = half_at(b + 2);
+    } else {
+        int s, m;
+        k_scale(b + 4, (int)(start % f->block / 32), &s, &m);
+        *scale *= (float)s;
+        *minimum = -half_at(b + 2) * (float)m;
     }
 }

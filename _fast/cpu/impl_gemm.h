@@ -1,4 +1,4 @@
-/* AE_LINEAR: out = x @ weight.T + bias on packed weights (pack.h).
+/* Linear layers with float weights: x @ weight.T on packed weights (pack.h).
  *
  * A tile is `rows` rows of x times `panels` panels of 32 columns, its sums in registers. Every output is
  * one chain of fused multiply-adds over k in ascending order, whatever the tile, the batch or the number of
@@ -10,7 +10,7 @@
  */
 #pragma once
 #include "cpu.h"
-#include "pack.h"
+#include "linear.h"
 #include "simd.h"
 
 #define PANEL_VECTORS (AE_PANEL / W)
@@ -28,10 +28,8 @@
 #define WIDE(rows) 1
 #endif
 
-/* Blocks for large batches: x [GROUP_ROWS, BLOCK_K] and a panel of BLOCK_K stay in the L2 cache. */
-#define GROUP_ROWS 96
+/* Blocks for large batches: x [rows of an item, BLOCK_K] and a panel of BLOCK_K stay in the L2 cache. */
 #define BLOCK_K 512
-#define GROUP_PANELS 4
 
 /* Converted x of a decode tile must fit the scratch. */
 #define MAX_BLOCK_K ((int64_t)(AE_SCRATCH / 2 / MAX_ROWS / 64 * 64))
@@ -44,7 +42,6 @@ typedef struct tile {
     int64_t k;         /* length of the block */
     float *out;
     int64_t out_stride;
-    const float *bias; /* added by the last block, or NULL */
     int64_t columns;   /* columns that exist from the first panel on */
     int resume;        /* sums continue from `out` */
 } tile;
@@ -130,14 +127,12 @@ AE_INLINE void tile_run(const tile *t, const int type, const int rows, const int
         int64_t exist = t->columns - v * W;
         if (exist <= 0) continue;
         int n = exist < W ? (int)exist : W;
-        vf bias = t->bias ? vf_load_n(t->bias + v * W, n) : vf_zero();
         EACH(m, rows) {
             float *out = t->out + m * t->out_stride + v * W;
-            vf y = t->bias ? vf_add(sum[m][v], bias) : sum[m][v];
             if (n == W)
-                vf_store(out, y);
+                vf_store(out, sum[m][v]);
             else
-                vf_store_n(out, y, n);
+                vf_store_n(out, sum[m][v], n);
         }
     }
 }
@@ -187,30 +182,6 @@ static void to_bf16(uint16_t *out, int64_t stride, const float *x, int64_t x_str
 }
 #endif
 
-/* How one call is cut: work item i is row group i / chunks, panel chunk i % chunks. */
-typedef struct cut {
-    int64_t group_rows, chunk_panels, block_k, chunks, items;
-} cut;
-
-static cut cut_linear(int64_t m, int64_t panels, int64_t k, int nthreads) {
-    cut c;
-    if (m <= MAX_ROWS) {
-        /* Bound by reading the weights: long runs of panels, at least one per thread. */
-        c.group_rows = m;
-        c.block_k = k < MAX_BLOCK_K ? k : MAX_BLOCK_K;
-        c.chunk_panels = panels >= 32 * nthreads ? 8 : (panels + nthreads - 1) / nthreads;
-    } else {
-        int64_t groups = (m + GROUP_ROWS - 1) / GROUP_ROWS;
-        c.group_rows = ((m + groups - 1) / groups + MAX_ROWS - 1) / MAX_ROWS * MAX_ROWS;
-        c.block_k = BLOCK_K;
-        c.chunk_panels = GROUP_PANELS;
-        while (c.chunk_panels > 1 && groups * panels < 4 * nthreads * c.chunk_panels) c.chunk_panels /= 2;
-    }
-    c.chunks = (panels + c.chunk_panels - 1) / c.chunk_panels;
-    c.items = (m + c.group_rows - 1) / c.group_rows * c.chunks;
-    return c;
-}
-
 /* All rows of a group times the panels of a chunk, for one block of k. `t` is at the group's first row and
  * the chunk's first panel. */
 static void linear_block(tile t, int type, int64_t rows, int64_t panels) {
@@ -233,58 +204,42 @@ static void linear_block(tile t, int type, int64_t rows, int64_t panels) {
         t.w += step * t.w_stride;
         t.out += step * AE_PANEL;
         t.columns -= step * AE_PANEL;
-        if (t.bias) t.bias += step * AE_PANEL;
     }
 }
 
-static void k_linear(const ae_op *op, const ae_step *step, const ae_thread *thread) {
-    const int64_t m = ae_rows_of(op, step), n = op->n[0], k = op->n[1];
-    const int type = (int)op->n[2];
-    const float *x = op->p[1], *bias = op->p[3];
-    const char *weight = op->p[2];
-    float *out = op->p[0];
-    const int64_t panels = (n + AE_PANEL - 1) / AE_PANEL, panel_bytes = ae_panel_bytes(k, type);
-    const cut c = cut_linear(m, panels, k, thread->nthreads);
+static void float_chunk(const linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels, float *out,
+                        int64_t stride, int64_t columns, const ae_thread *thread) {
+    const int64_t k = l->k, panel_bytes = ae_panel_bytes(k, l->type, 0, 0);
+    const int64_t most = rows <= MAX_ROWS ? MAX_BLOCK_K : BLOCK_K;
+    for (int64_t start = 0; start < k; start += most) {
+        const int64_t length = k - start < most ? k - start : most;
+        tile t = {.x = l->x + (row * k + start) * 4,
+                  .x_stride = k * 4,
+                  .w = l->weight + panel * panel_bytes + ae_panel_bytes(start, l->type, 0, 0),
+                  .w_stride = panel_bytes,
+                  .k = length,
+                  .out = out,
+                  .out_stride = stride,
+                  .columns = columns,
+                  .resume = start > 0};
 #if defined(AE_LEVEL_AVX512BF16)
-    int64_t converted = -1;
-#endif
-    for (int64_t i; (i = ae_next(thread, c.items, 1)) >= 0;) {
-        int64_t row = i / c.chunks * c.group_rows, panel = i % c.chunks * c.chunk_panels;
-        int64_t rows = m - row < c.group_rows ? m - row : c.group_rows;
-        int64_t count = panels - panel < c.chunk_panels ? panels - panel : c.chunk_panels;
-        for (int64_t start = 0; start < k; start += c.block_k) {
-            int64_t length = k - start < c.block_k ? k - start : c.block_k;
-            tile t = {.x = (const char *)(x + row * k + start),
-                      .x_stride = k * 4,
-                      .w = weight + panel * panel_bytes + ae_panel_bytes(start, type),
-                      .w_stride = panel_bytes,
-                      .k = length,
-                      .out = out + row * n + panel * AE_PANEL,
-                      .out_stride = n,
-                      .bias = bias && start + length == k ? bias + panel * AE_PANEL : NULL,
-                      .columns = n - panel * AE_PANEL,
-                      .resume = start > 0};
-#if defined(AE_LEVEL_AVX512BF16)
-            if (type == AE_BF16) {
-                int64_t stride = (length + 1) & ~(int64_t)1;
-                if (row != converted || length < k)
-                    to_bf16(thread->scratch, stride, (const float *)t.x, k, rows, length);
-                converted = row;
-                t.x = thread->scratch;
-                t.x_stride = stride * 2;
-            }
-#endif
-            linear_block(t, type, rows, count);
+        if (l->type == AE_BF16) {
+            const int64_t packed = (length + 1) & ~(int64_t)1;
+            to_bf16(thread->scratch, packed, (const float *)t.x, k, rows, length);
+            t.x = thread->scratch;
+            t.x_stride = packed * 2;
         }
+#else
+        (void)thread;
+#endif
+        linear_block(t, l->type, rows, panels);
     }
 }
 
 #undef PANEL_VECTORS
 #undef MAX_ROWS
 #undef WIDE
-#undef GROUP_ROWS
 #undef BLOCK_K
-#undef GROUP_PANELS
 #undef MAX_BLOCK_K
 #undef PREFETCH
 #undef EACH

@@ -1,10 +1,14 @@
 /* RMS norms. A row belongs to one thread and is summed in an order that depends only on its width. */
 #pragma once
 #include "cpu.h"
+#include "impl_quantize.h"
 #include "simd.h"
 
-/* out = x / sqrt(mean(x^2) + eps) * weight over n elements; out may be x. */
-AE_INLINE void rms_norm(float *out, const float *x, const float *weight, int64_t n, float eps) {
+/* out = x / sqrt(mean(x^2) + eps) * weight over n elements, as floats (out may be x, or NULL) and as a quantized
+ * row of `group` (row8 may be NULL). */
+AE_INLINE void norm_row(float *out, int8_t *row8, int64_t group, const float *x, const float *weight, int64_t n,
+                        float eps) {
+    enum { CHUNK = 512 };
     vf sums[4] = {vf_zero(), vf_zero(), vf_zero(), vf_zero()};
     int64_t i = 0;
     for (; i + 4 * W <= n; i += 4 * W) {
@@ -19,12 +23,32 @@ AE_INLINE void rms_norm(float *out, const float *x, const float *weight, int64_t
     }
     float sum = vf_sum(vf_add(vf_add(sums[0], sums[1]), vf_add(sums[2], sums[3])));
     const vf scale = vf_set(1.0f / sqrtf(sum / (float)n + eps));
-    for (i = 0; i + W <= n; i += W)
-        vf_store(out + i, vf_mul(vf_mul(vf_load(x + i), scale), vf_load(weight + i)));
-    if (i < n) {
-        int rest = (int)(n - i);
-        vf_store_n(out + i, vf_mul(vf_mul(vf_load_n(x + i, rest), scale), vf_load_n(weight + i, rest)), rest);
+    float staged[CHUNK];
+    for (int64_t begin = 0; begin < n; begin += CHUNK) {
+        const int64_t end = begin + CHUNK < n ? begin + CHUNK : n;
+        float *to = out ? out + begin : staged;
+        for (i = begin; i + W <= end; i += W)
+            vf_store(to + i - begin, vf_mul(vf_mul(vf_load(x + i), scale), vf_load(weight + i)));
+        if (i < end) {
+            int rest = (int)(end - i);
+            vf_store_n(to + i - begin, vf_mul(vf_mul(vf_load_n(x + i, rest), scale), vf_load_n(weight + i, rest)),
+                       rest);
+        }
+        if (row8) quantize_groups(row8, to, n, group, begin, end);
     }
+}
+
+AE_INLINE void rms_norm(float *out, const float *x, const float *weight, int64_t n, float eps) {
+    norm_row(out, NULL, 0, x, weight, n, eps);
+}
+
+/* Row m of an op's output as floats (p0) and as a quantized row (p4, n3), NULL where the op has none. */
+AE_INLINE float *out_row(const ae_op *op, int64_t m, int64_t width) {
+    return op->p[0] ? (float *)op->p[0] + m * width : NULL;
+}
+
+AE_INLINE int8_t *out_row8(const ae_op *op, int64_t m, int64_t width) {
+    return op->p[4] ? (int8_t *)op->p[4] + m * ae_row8_bytes(width, op->n[3]) : NULL;
 }
 
 static void k_rms_norm(const ae_op *op, const ae_step *step, const ae_thread *thread) {
@@ -32,7 +56,8 @@ static void k_rms_norm(const ae_op *op, const ae_step *step, const ae_thread *th
     int64_t lo, hi;
     ae_share(thread, ae_rows_of(op, step), 1, &lo, &hi);
     for (int64_t m = lo; m < hi; m++)
-        rms_norm((float *)op->p[0] + m * H, (const float *)op->p[1] + m * H, op->p[2], H, op->f[0]);
+        norm_row(out_row(op, m, H), out_row8(op, m, H), op->n[3], (const float *)op->p[1] + m * H, op->p[2], H,
+                 op->f[0]);
 }
 
 static void k_add_rms_norm(const ae_op *op, const ae_step *step, const ae_thread *thread) {
@@ -43,6 +68,6 @@ static void k_add_rms_norm(const ae_op *op, const ae_step *step, const ae_thread
         float *residual = (float *)op->p[1] + m * H;
         const float *x = (const float *)op->p[2] + m * H;
         for (int64_t i = 0; i < H; i++) residual[i] += x[i];
-        rms_norm((float *)op->p[0] + m * H, residual, op->p[3], H, op->f[0]);
+        norm_row(out_row(op, m, H), out_row8(op, m, H), op->n[3], residual, op->p[3], H, op->f[0]);
     }
 }

@@ -1,7 +1,8 @@
 /* Per-head norm, rotary embedding and the write into the paged cache, one head of one token at a time. */
 #pragma once
-#include "cpu.h"
+#include "attention.h"
 #include "impl_norm.h"
+#include "impl_quantize.h"
 #include "typed.h"
 
 /* (x1, x2) -> (x1 c - x2 s, x2 c + x1 s) for the two halves of x, `half` elements each. */
@@ -22,10 +23,31 @@ AE_INLINE void narrow_row(int type, void *cache, int64_t first, const float *x, 
     for (int64_t i = 0; i < n; i += W) store_as(type, cache, first + i, load_as(AE_F32, x, i, n - i), n - i);
 }
 
-static void write_row(int type, void *cache, int64_t first, const float *x, int64_t n) {
-    if (type == AE_F32) narrow_row(AE_F32, cache, first, x, n);
-    else if (type == AE_BF16) narrow_row(AE_BF16, cache, first, x, n);
-    else narrow_row(AE_F16, cache, first, x, n);
+/* n <= MAX_DIM values as codes with one scale (attention.h). */
+static void quantize_values(int8_t *codes, float *scale, const float *x, int64_t n) {
+    int8_t staged[MAX_DIM];
+    vi peaks = peak_zero();
+    for (int64_t i = 0; i < n; i += W) peaks = peak_max(peaks, load_as(AE_F32, x, i, n - i));
+    const int32_t bits = peak_of(peaks);
+    const float peak = ae_bits_f32((uint32_t)bits);
+    const int infinite = bits >= 0x7F800000;
+    if (infinite || peak < 0x1p-120f) {
+        memset(codes, 0, (size_t)n);
+        *scale = infinite ? NAN : 0.0f;
+        return;
+    }
+    const vf inverse = vf_set(127.0f / peak);
+    for (int64_t i = 0; i < n; i += W) store_codes(staged + i, to_codes(vf_mul(load_as(AE_F32, x, i, n - i), inverse)));
+    memcpy(codes, staged, (size_t)n);
+    *scale = peak / 127.0f;
+}
+
+/* Row number `row` of the Hk * block rows of a cache block, D elements each. */
+static void write_row(int type, char *block, int64_t rows, int64_t row, const float *x, int64_t D) {
+    if (type == AE_F32) narrow_row(AE_F32, block, row * D, x, D);
+    else if (type == AE_BF16) narrow_row(AE_BF16, block, row * D, x, D);
+    else if (type == AE_F16) narrow_row(AE_F16, block, row * D, x, D);
+    else quantize_values((int8_t *)block + row * D, (float *)(block + ae_kv_scales_at(1, rows, D)) + row, x, D);
 }
 
 static void k_rope_kv(const ae_op *op, const ae_step *step, const ae_thread *thread) {
@@ -45,7 +67,7 @@ static void k_rope_kv(const ae_op *op, const ae_step *step, const ae_thread *thr
         const int64_t slot = step->row_slot[step->token_row[t]];
         const int32_t *table = step->block_table + slot * step->table_stride;
         const int64_t head = h < Hq + Hk ? h - Hq : h - Hq - Hk;
-        const int64_t row = (table[position / block] * Hk + head) * block + position % block;
-        write_row((int)op->n[5], op->p[h < Hq + Hk ? 2 : 3], row * D, x, D);
+        char *cache = (char *)op->p[h < Hq + Hk ? 2 : 3] + table[position / block] * op->n[8];
+        write_row((int)op->n[5], cache, Hk * block, head * block + position % block, x, D);
     }
 }

@@ -2,17 +2,20 @@
 #pragma once
 #include "cpu.h"
 
+struct ae_peak;
 struct ae_sample;
 
 typedef struct ae_kernels {
     ae_kernel ops[AE_NUM_OPS];
     void (*sample)(const struct ae_sample *args, const ae_thread *thread);
+    void (*peak)(const struct ae_peak *args, const ae_thread *thread);
 } ae_kernels;
 
 extern const ae_kernels ae_kernels_portable;
 #if defined(__x86_64__)
 extern const ae_kernels ae_kernels_avx2;
 extern const ae_kernels ae_kernels_avx512;
+extern const ae_kernels ae_kernels_avx512vnni;
 extern const ae_kernels ae_kernels_avx512bf16;
 #endif
 

@@ -16,6 +16,7 @@
 #endif
 
 #define AE_LEVEL_AVX512
+#define AE_LEVEL_AVX512VNNI
 #define AE_LEVEL_AVX512BF16
 #define AE_KERNELS ae_kernels_avx512bf16
 #include "kernels_table.h"

@@ -4,8 +4,11 @@
 
 #include "impl_attention.h"
 #include "impl_elementwise.h"
-#include "impl_gemm.h"
+#include "impl_head.h"
+#include "impl_linear.h"
 #include "impl_norm.h"
+#include "impl_peak.h"
+#include "impl_quantize.h"
 #include "impl_rope.h"
 #include "impl_sample.h"
 
@@ -22,6 +25,9 @@ const ae_kernels AE_KERNELS = {
             [AE_SELECT] = k_select,
             [AE_ALL_REDUCE] = ae_all_reduce,
             [AE_ALL_GATHER] = ae_all_gather,
+            [AE_QUANTIZE] = k_quantize,
+            [AE_HEAD] = k_head,
         },
     .sample = k_sample,
+    .peak = k_peak,
 };

@@ -9,13 +9,6 @@
 /* Row stride of the staged chunk, off the powers of two that would collide in the cache. */
 #define STRIDE (CHUNK + 8)
 
-typedef struct job {
-    const ae_source *source;
-    char *dst;
-    int type;
-    int64_t row_offset;
-} job;
-
 static void narrow(void *out, const float *x, int64_t count, int type) {
     uint16_t *h = out;
     if (type == AE_F32)
@@ -24,10 +17,6 @@ static void narrow(void *out, const float *x, int64_t count, int type) {
         for (int64_t i = 0; i < count; i++) h[i] = ae_f32_to_bf16(x[i]);
     else
         for (int64_t i = 0; i < count; i++) h[i] = ae_f32_to_f16(x[i]);
-}
-
-static const char *row_of(const ae_source *s, int64_t row) {
-    return s->data + row * ae_source_bytes(s->type, s->cols);
 }
 
 /* The first column after `col` that ends a chunk of the source. */
@@ -62,60 +51,55 @@ static void interleave(char *panel, const char *staged, int type, int64_t k, int
     }
 }
 
-static void pack_panels(void *arg, const ae_thread *thread) {
-    const job *j = arg;
-    const ae_source *s = j->source;
-    const int64_t columns = s->col_stop - s->col_start, panel_bytes = ae_panel_bytes(columns, j->type);
-    const int64_t first = j->row_offset / AE_PANEL, stop = j->row_offset + s->rows;
-    const int64_t panels = (stop + AE_PANEL - 1) / AE_PANEL - first;
-    const int size = j->type == AE_F32 ? 4 : 2;
+static void pack_plain(void *packing, const ae_thread *thread) {
+    const ae_packing *p = packing;
+    const ae_source *s = p->source;
+    const int64_t columns = s->col_stop - s->col_start, panels = ae_target_panels(p);
+    const int type = p->target->type, size = type == AE_F32 ? 4 : 2;
     float wide[CHUNK];
     _Alignas(64) char staged[AE_PANEL * STRIDE * 4];
     for (int64_t i; (i = ae_next(thread, panels, 1)) >= 0;) {
-        int64_t base = (first + i) * AE_PANEL;
-        int64_t lo = base > j->row_offset ? base : j->row_offset;
-        int64_t hi = base + AE_PANEL < stop ? base + AE_PANEL : stop;
-        int lane = (int)(lo - base), lanes = (int)(hi - lo);
-        char *panel = j->dst + (first + i) * panel_bytes;
+        const ae_lanes at = ae_lanes_of(p, i);
         for (int64_t c = s->col_start, end; c < s->col_stop; c = end) {
             end = chunk_end(s, c);
-            for (int r = 0; r < lanes; r++) {
-                ae_dequantize(wide, row_of(s, lo + r - j->row_offset), s->type, c, end - c);
-                narrow(staged + r * STRIDE * size, wide, end - c, j->type);
+            for (int r = 0; r < at.lanes; r++) {
+                ae_dequantize(wide, ae_source_row(s, at.row + r), s->type, c, end - c);
+                narrow(staged + r * STRIDE * size, wide, end - c, type);
             }
-            interleave(panel, staged, j->type, c - s->col_start, end - c, lane, lanes);
+            interleave(at.panel, staged, type, c - s->col_start, end - c, at.lane, at.lanes);
         }
-        if (j->type == AE_BF16 && columns % 2) {
-            uint16_t *pad = (uint16_t *)panel + (columns - 1) * AE_PANEL + lane * 2 + 1;
-            for (int r = 0; r < lanes; r++) pad[r * 2] = 0;
+        if (type == AE_BF16 && columns % 2) {
+            uint16_t *pad = (uint16_t *)at.panel + (columns - 1) * AE_PANEL + at.lane * 2 + 1;
+            for (int r = 0; r < at.lanes; r++) pad[r * 2] = 0;
         }
     }
 }
 
-int ae_pack(ae_team *team, const ae_source *source, void *dst, int dst_type, int64_t row_offset) {
-    job j = {source, dst, dst_type, row_offset};
-    return ae_team_run(team, pack_panels, &j);
+int ae_pack(ae_team *team, const ae_source *source, const ae_target *target) {
+    ae_packing p = {source, target};
+    const int quantized = target->type == AE_Q8 || target->type == AE_Q4;
+    return ae_team_run(team, quantized ? ae_pack_quantized : pack_plain, &p);
 }
 
-static void convert_rows(void *arg, const ae_thread *thread) {
-    const job *j = arg;
-    const ae_source *s = j->source;
+static void convert_rows(void *packing, const ae_thread *thread) {
+    const ae_packing *p = packing;
+    const ae_source *s = p->source;
     const int64_t columns = s->col_stop - s->col_start;
-    const int size = j->type == AE_F32 ? 4 : 2;
+    const int type = p->target->type, size = type == AE_F32 ? 4 : 2;
     float wide[CHUNK];
     for (int64_t i; (i = ae_next(thread, s->rows, 16)) >= 0;) {
         for (int64_t row = i; row < i + 16 && row < s->rows; row++) {
-            char *out = j->dst + (j->row_offset + row) * columns * size;
+            char *out = p->target->data + (p->target->row_offset + row) * columns * size;
             for (int64_t c = s->col_start, end; c < s->col_stop; c = end) {
                 end = chunk_end(s, c);
-                ae_dequantize(wide, row_of(s, row), s->type, c, end - c);
-                narrow(out + (c - s->col_start) * size, wide, end - c, j->type);
+                ae_dequantize(wide, ae_source_row(s, row), s->type, c, end - c);
+                narrow(out + (c - s->col_start) * size, wide, end - c, type);
             }
         }
     }
 }
 
-int ae_convert(ae_team *team, const ae_source *source, void *dst, int dst_type, int64_t row_offset) {
-    job j = {source, dst, dst_type, row_offset};
-    return ae_team_run(team, convert_rows, &j);
+int ae_convert(ae_team *team, const ae_source *source, const ae_target *target) {
+    ae_packing p = {source, target};
+    return ae_team_run(team, convert_rows, &p);
 }

@@ -9,18 +9,21 @@
 #pragma once
 #include "cpu.h"
 #include "dequantize.h"
+#include "quantized.h"
 #include "team.h"
 
 #define AE_PANEL 32
 
-/* Bytes of the first k steps of a panel (all of it for k = K). */
-static inline int64_t ae_panel_bytes(int64_t k, int type) {
+/* Bytes of the first k steps of a panel (all of it for k = K). Quantized types also need their group size, of
+ * which k is a multiple or K, and whether there are minima. */
+static inline int64_t ae_panel_bytes(int64_t k, int type, int64_t group, int minimum) {
+    if (type == AE_Q8 || type == AE_Q4) return ae_groups(k, group) * ae_group_bytes(type, group, minimum);
     if (type == AE_F32) return k * AE_PANEL * 4;
     return (type == AE_BF16 ? (k + 1) / 2 * 2 : k) * AE_PANEL * 2;
 }
 
-static inline int64_t ae_packed_bytes(int64_t n, int64_t k, int type) {
-    return (n + AE_PANEL - 1) / AE_PANEL * ae_panel_bytes(k, type);
+static inline int64_t ae_packed_bytes(int64_t n, int64_t k, int type, int64_t group, int minimum) {
+    return (n + AE_PANEL - 1) / AE_PANEL * ae_panel_bytes(k, type, group, minimum);
 }
 
 /* Columns [col_start, col_stop) of the source's rows: rows of a checkpoint's [rows, cols] tensor. */
@@ -30,9 +33,54 @@ typedef struct ae_source {
     int64_t rows, cols, col_start, col_stop;
 } ae_source;
 
-/* Packs the source into rows [row_offset, row_offset + rows) of a packed weight with
- * K = col_stop - col_start, on the team. -1 in a child of fork(). */
-int ae_pack(ae_team *team, const ae_source *source, void *dst, int dst_type, int64_t row_offset);
+/* Where the rows go: source row 0 becomes row `row_offset` of a packed weight with K = col_stop - col_start,
+ * whose panel i lies at panel i * panel_stride + panel_offset: the halves of a gated pair take turns so. */
+typedef struct ae_target {
+    char *data;
+    int type; /* enum ae_dtype */
+    int minimum;
+    int64_t group; /* of quantized types */
+    int64_t row_offset, panel_stride, panel_offset;
+} ae_target;
 
-/* Converts the source to rows [row_offset, ...) of a plain row-major [_, K] matrix, on the team. */
-int ae_convert(ae_team *team, const ae_source *source, void *dst, int dst_type, int64_t row_offset);
+/* Packs the source on the team. -1 in a child of fork(). */
+int ae_pack(ae_team *team, const ae_source *source, const ae_target *target);
+
+/* Converts the source to rows [row_offset, ...) of a plain row-major [_, K] matrix of a plain type. */
+int ae_convert(ae_team *team, const ae_source *source, const ae_target *target);
+
+typedef struct ae_packing {
+    const ae_source *source;
+    const ae_target *target;
+} ae_packing;
+
+/* The lanes [lane, lane + lanes) of a panel that take the source's rows from `row` on. */
+typedef struct ae_lanes {
+    char *panel;
+    int64_t row;
+    int lane, lanes;
+} ae_lanes;
+
+/* Panels that the source has rows in, and its part of one of them. */
+static inline int64_t ae_target_panels(const ae_packing *p) {
+    const int64_t stop = p->target->row_offset + p->source->rows;
+    return p->source->rows ? (stop + AE_PANEL - 1) / AE_PANEL - p->target->row_offset / AE_PANEL : 0;
+}
+
+static inline ae_lanes ae_lanes_of(const ae_packing *p, int64_t index) {
+    const ae_target *t = p->target;
+    const int64_t panel = t->row_offset / AE_PANEL + index, base = panel * AE_PANEL;
+    const int64_t stop = t->row_offset + p->source->rows, columns = p->source->col_stop - p->source->col_start;
+    const int64_t lo = base > t->row_offset ? base : t->row_offset;
+    const int64_t hi = base + AE_PANEL < stop ? base + AE_PANEL : stop;
+    const int64_t bytes = ae_panel_bytes(columns, t->type, t->group, t->minimum);
+    return (ae_lanes){t->data + (panel * t->panel_stride + t->panel_offset) * bytes, lo - t->row_offset,
+                      (int)(lo - base), (int)(hi - lo)};
+}
+
+static inline const char *ae_source_row(const ae_source *s, int64_t row) {
+    return s->data + row * ae_source_bytes(s->type, s->cols);
+}
+
+/* The team's job of quantized types (pack_quantized.c); `packing` is an ae_packing. */
+void ae_pack_quantized(void *packing, const ae_thread *thread);

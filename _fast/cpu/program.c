@@ -30,8 +30,9 @@ enum ae_level ae_detect_level(void) {
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
-        return AE_AVX512BF16;
+    int vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    if (vnni && __builtin_cpu_supports("avx512bf16")) return AE_AVX512BF16;
+    if (vnni) return AE_AVX512VNNI;
     if (avx512) return AE_AVX512;
     if (avx2) return AE_AVX2;
 #endif
@@ -42,6 +43,7 @@ const ae_kernels *ae_kernels_for(enum ae_level level) {
     switch (level) {
 #if defined(__x86_64__)
         case AE_AVX512BF16: return &ae_kernels_avx512bf16;
+        case AE_AVX512VNNI: return &ae_kernels_avx512vnni;
         case AE_AVX512: return &ae_kernels_avx512;
         case AE_AVX2: return &ae_kernels_avx2;
 #endif

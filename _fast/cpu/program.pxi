@@ -62,7 +62,8 @@ cdef class Team:
 
 @cython.final
 cdef class Step:
-    """What changes from step to step: views of the caller's int32 arrays (see ae_step in cpu.h).
+    """What changes from step to step: views of the caller's arrays (see ae_step in cpu.h), int32 but for
+    the float32 `head_temperature`. Without the two of the head, HEAD stores every row.
 
     The arrays are held, not copied, and may be rewritten between steps; set the three counts before each
     run. They must lie within the arrays; what the arrays say is not checked.
@@ -83,12 +84,21 @@ cdef class Step:
         const int32_t[::1] row_slot,
         const int32_t[:, ::1] block_table,
         const int32_t[::1] sample_rows,
+        const int32_t[::1] head_k=None,
+        const float[::1] head_temperature=None,
     ):
         self._max_tokens = min(token_ids.shape[0], positions.shape[0], token_row.shape[0])
         self._max_seqs = min(query_start.shape[0] - 1, context_len.shape[0], row_slot.shape[0])
         self._max_samples = sample_rows.shape[0]
+        if (head_k is None) != (head_temperature is None):
+            raise ValueError("head_k and head_temperature need each other")
+        if head_k is not None:
+            self._max_samples = min(sample_rows.shape[0], head_k.shape[0], head_temperature.shape[0])
+            self._step.head_k = &head_k[0] if head_k.shape[0] else NULL
+            self._step.head_temperature = &head_temperature[0] if head_temperature.shape[0] else NULL
         self._held = (
-            token_ids, positions, token_row, query_start, context_len, row_slot, block_table, sample_rows
+            token_ids, positions, token_row, query_start, context_len, row_slot, block_table, sample_rows,
+            head_k, head_temperature,
         )
         # An empty array has no first element to point at, and none is ever read.
         self._step.token_ids = &token_ids[0] if token_ids.shape[0] else NULL
@@ -155,8 +165,8 @@ cdef class Program:
             raise ValueError(f"op code {code} is unknown")
         if rows not in (AE_TOKENS, AE_SAMPLES):
             raise ValueError(f"rows must be TOKENS or SAMPLES, got {rows}")
-        if len(p) > 8 or len(n) > 8 or len(f) > 4:
-            raise ValueError("an op holds at most 8 addresses, 8 integers and 4 floats")
+        if len(p) > 8 or len(n) > 9 or len(f) > 4:
+            raise ValueError("an op holds at most 8 addresses, 9 integers and 4 floats")
         if self._count == self._room:
             room = 2 * self._room + 64
             ops = <ae_op *>realloc(self._ops, room * sizeof(ae_op))

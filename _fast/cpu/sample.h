@@ -30,6 +30,7 @@
  */
 #pragma once
 #include "cpu.h"
+#include "head.h"
 
 #define AE_GREEDY 1e-5f
 
@@ -39,6 +40,11 @@ struct ae_kernels;
 typedef struct ae_sample {
     int64_t rows, vocab;
     const float *logits; /* [rows, vocab] */
+
+    /* What AE_HEAD left of the step: a row with head_k > 0 is drawn from its best, which hold all that top-k
+     * leaves of it, and has no logits; it can have no penalties, bans or logprobs. Or NULL: all are full. */
+    const int32_t *head_k; /* [rows] */
+    const ae_best *best;   /* [rows] */
 
     /* [rows] each, or NULL: temperature 0, all else off */
     const float *temperature;
@@ -54,7 +60,7 @@ typedef struct ae_sample {
     const int32_t *banned;       /* ids; those outside the vocabulary are passed over */
     const int32_t *num_logprobs; /* -1: none wanted; n: the drawn token's and the n largest */
     int64_t max_logprobs;        /* width of top_ids and top_logprobs; >= every num_logprobs */
-    float *workspace;            /* ae_sample_workspace() bytes, 64-byte aligned */
+    char *workspace;             /* ae_sample_workspace() bytes, 64-byte aligned */
 
     int32_t *tokens; /* the outputs; those of logprobs are written where num_logprobs >= 0 */
     float *logprob;
@@ -63,11 +69,21 @@ typedef struct ae_sample {
     float *top_logprobs; /* [rows, max_logprobs] */
 } ae_sample;
 
-/* Rows of the workspace are padded to whole blocks. */
-static inline int64_t ae_sample_padded(int64_t vocab) { return (vocab + 63) / 64 * 64; }
+/* What is added up over a row is added in strips of this many elements. */
+#define AE_STRIP 1024
+
+static inline int64_t ae_sample_padded(int64_t n) { return (n + 63) / 64 * 64; }
+
+/* The workspace is a desk for each thread: a header (impl_sample.h) and arrays. */
+#define AE_DESK_HEADER 640
+
+static inline size_t ae_desk_bytes(int64_t vocab) {
+    const int64_t floats = 4 * ae_sample_padded(vocab) + ae_sample_padded(vocab / 16);
+    return (size_t)(AE_DESK_HEADER + floats * 4 + ae_sample_padded((vocab / AE_STRIP + 1) * 8));
+}
 
 static inline size_t ae_sample_workspace(int num_threads, int64_t vocab) {
-    return (size_t)num_threads * 2 * (size_t)ae_sample_padded(vocab) * sizeof(float);
+    return (size_t)num_threads * ae_desk_bytes(vocab);
 }
 
 /* Draws on the whole team. -1 in a child of fork(), which has no team. */

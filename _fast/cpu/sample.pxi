@@ -4,15 +4,23 @@ cdef extern from "cpu/attention.h" nogil:
     enum:
         MAX_DIM
 
+    int64_t ae_kv_block_bytes(int type, int64_t kv_heads, int64_t block, int64_t dim)
     int64_t attention_workspace_bytes(
         int threads, int64_t q_heads, int64_t kv_heads, int64_t dim, int64_t max_context
     )
+
+
+cdef extern from "cpu/head.h" nogil:
+    ctypedef struct ae_best:
+        pass
 
 
 cdef extern from "cpu/sample.h" nogil:
     ctypedef struct ae_sample:
         int64_t rows, vocab
         const float *logits
+        const int32_t *head_k
+        const ae_best *best
         const float *temperature
         const int32_t *top_k
         const float *top_p
@@ -28,7 +36,7 @@ cdef extern from "cpu/sample.h" nogil:
         const int32_t *banned
         const int32_t *num_logprobs
         int64_t max_logprobs
-        float *workspace
+        char *workspace
         int32_t *tokens
         float *logprob
         int32_t *rank
@@ -61,6 +69,20 @@ def attention_workspace(
     return attention_workspace_bytes(num_threads, q_heads, kv_heads, head_dim, max_context)
 
 
+_KV_TYPES = {**_TYPES, "I8": AE_I8}
+
+
+def kv_block_bytes(str dtype, int64_t kv_heads, int64_t block_size, int64_t head_dim):
+    """Bytes of the keys, or of the values, of one block of one layer; `dtype` is F32, BF16, F16 or I8.
+
+    What lies where is in `cpu/attention.h`. ValueError for a type or sizes that ATTENTION does not take.
+    """
+    cdef int type = _lookup(_KV_TYPES, dtype, "KV cache type")
+    if kv_heads < 1 or block_size < 1 or not 1 <= head_dim <= MAX_DIM:
+        raise ValueError(f"no blocks of {block_size} positions of {kv_heads} KV heads of size {head_dim}")
+    return ae_kv_block_bytes(type, kv_heads, block_size, head_dim)
+
+
 cdef int _enough(Py_ssize_t have, int64_t rows, str name) except -1:
     if have < rows:
         raise ValueError(f"{name} has {have} rows where {rows} are needed")
@@ -89,12 +111,41 @@ cdef const uint64_t *_words(const uint64_t[::1] array, int64_t rows, str name) e
     return &array[0]
 
 
+def head_bytes(int num_threads, int64_t num_samples):
+    """Bytes of the results of HEAD (p4) for steps of up to `num_samples` rows."""
+    if num_threads < 1 or num_samples < 0:
+        raise ValueError(f"no head of {num_samples} rows on {num_threads} threads")
+    return num_threads * num_samples * <int64_t>sizeof(ae_best)
+
+
+def sample_workspace(int num_threads, int64_t vocab):
+    """Bytes of the workspace of `sample`."""
+    if num_threads < 1 or vocab < 1:
+        raise ValueError(f"no sampling of {vocab} ids on {num_threads} threads")
+    return <int64_t>ae_sample_workspace(num_threads, vocab)
+
+
+def count_tokens(const uint64_t[::1] counts not None, const int32_t[::1] tokens not None, int32_t vocab):
+    """Adds 1 to element `tokens[i]` of the int32 [vocab] array at address `counts[i]`, for every i in turn.
+
+    Addresses of 0 and tokens outside the vocabulary are passed over.
+    """
+    cdef Py_ssize_t i
+    _enough(counts.shape[0], tokens.shape[0], "counts")
+    for i in range(tokens.shape[0]):
+        if counts[i] and 0 <= tokens[i] < vocab:
+            (<int32_t *><uintptr_t>counts[i])[tokens[i]] += 1
+
+
 def sample(
     Team team not None,
     uintptr_t logits,
     int64_t vocab,
     int32_t[::1] tokens not None,
     *,
+    const int32_t[::1] head_k=None,
+    uintptr_t best=0,
+    uintptr_t workspace=0,
     const float[::1] temperature=None,
     const int32_t[::1] top_k=None,
     const float[::1] top_p=None,
@@ -118,8 +169,10 @@ def sample(
 
     What each array means, what its absence means, and the distribution that is drawn from are in
     `cpu/sample.h`; all have S rows (`banned_start` S + 1). -1 marks a row without a usable logit.
-    `num_logprobs` needs the four arrays after it. Runs on the whole team without the GIL; the logits are
-    not modified. ValueError for arrays that do not fit together.
+    `num_logprobs` needs the four arrays after it. `head_k` and `best`, the address of HEAD's results, tell
+    of rows that HEAD has reduced. `workspace` is the address of `sample_workspace()` bytes, aligned to 64;
+    0 has them allocated for this call. Runs on the whole team without the GIL; the logits are not modified.
+    ValueError for arrays that do not fit together.
     """
     cdef int64_t rows = tokens.shape[0], i
     cdef ae_sample args
@@ -133,6 +186,10 @@ def sample(
     args.vocab = vocab
     args.logits = <const float *>logits
     args.tokens = &tokens[0]
+    if (head_k is None) != (best == 0):
+        raise ValueError("head_k and best need each other")
+    args.head_k = _ints(head_k, rows, "head_k")
+    args.best = <const ae_best *>best
     args.temperature = _floats(temperature, rows, "temperature")
     args.top_k = _ints(top_k, rows, "top_k")
     args.top_p = _floats(top_p, rows, "top_p")
@@ -174,11 +231,14 @@ def sample(
         args.rank = &rank[0]
         args.top_ids = &top_ids[0, 0]
         args.top_logprobs = &top_logprobs[0, 0]
-    args.workspace = <float *>aligned_alloc(64, ae_sample_workspace(team.num_threads, vocab))
-    if args.workspace == NULL:
-        raise MemoryError
+    cdef void *own = NULL
+    if workspace == 0:
+        own = aligned_alloc(64, ae_sample_workspace(team.num_threads, vocab))
+        if own == NULL:
+            raise MemoryError
+    args.workspace = <char *>own if workspace == 0 else <char *>workspace
     with nogil:
         failed = ae_sample_run(team._team, team._kernels, &args)
-        free(args.workspace)
+        free(own)
     if failed:
         raise RuntimeError(_FORKED)

@@ -1,6 +1,8 @@
 /* A float32 vector `vf` of W lanes, for the level that the including file has chosen by defining one of
  * AE_LEVEL_AVX512, AE_LEVEL_AVX2 or neither (portable).
  *
+ * vf_not_below(a, b) has bit i set where a[i] < b[i] does not hold, as for a NaN.
+ *
  * The `_n` forms touch only the first n lanes, 0 <= n <= W, and load zeros into the others.
  * Conversions to 16 bits round to nearest even.
  */
@@ -41,6 +43,7 @@ AE_INLINE vf vf_round(vf a) {
 AE_INLINE vf vf_scale2(vf a, vf n) { return _mm512_scalef_ps(a, n); }
 AE_INLINE float vf_sum(vf a) { return _mm512_reduce_add_ps(a); }
 AE_INLINE float vf_hmax(vf a) { return _mm512_reduce_max_ps(a); }
+AE_INLINE unsigned vf_not_below(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
 
 /* W 32-bit words as they lie in memory; their upper and lower halves read as bf16. */
 AE_INLINE vi vi_load(const void *p) { return _mm512_loadu_si512(p); }
@@ -79,6 +82,20 @@ AE_INLINE vf vf_load_f16_n(const uint16_t *p, int n) {
 AE_INLINE void vf_store_f16(uint16_t *p, vf x) { _mm256_storeu_si256((__m256i *)p, vf_to_f16(x)); }
 AE_INLINE void vf_store_f16_n(uint16_t *p, vf x, int n) {
     _mm256_mask_storeu_epi16(p, MASK16(n), vf_to_f16(x));
+}
+
+/* The bits of the lanes; signed byte k, or either half, of every word as a number. */
+AE_INLINE vi vf_bits(vf x) { return _mm512_castps_si512(x); }
+AE_INLINE vf vi_low_f16(vi a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }
+AE_INLINE vf vi_high_f16(vi a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(a, 16))); }
+AE_INLINE vf vi_byte(vi a, int k) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(a, (unsigned)(24 - 8 * k)), 24));
+}
+AE_INLINE vf vf_load_i8(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+AE_INLINE vf vf_load_i8_n(const int8_t *p, int n) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(MASK16(n), p)));
 }
 
 #elif defined(AE_LEVEL_AVX2)
@@ -125,6 +142,9 @@ AE_INLINE float vf_hmax(vf a) {
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
+AE_INLINE unsigned vf_not_below(vf a, vf b) {
+    return (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ));
+}
 
 AE_INLINE vi vi_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 AE_INLINE vf vi_low_bf16(vi a) { return _mm256_castsi256_ps(_mm256_slli_epi32(a, 16)); }
@@ -165,6 +185,24 @@ AE_INLINE vf vf_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_s
 AE_INLINE vf vf_load_f16_n(const uint16_t *p, int n) { return _mm256_cvtph_ps(vf_load_u16_n(p, n)); }
 AE_INLINE void vf_store_f16(uint16_t *p, vf x) { _mm_storeu_si128((__m128i *)p, vf_to_f16(x)); }
 AE_INLINE void vf_store_f16_n(uint16_t *p, vf x, int n) { vf_store_u16_n(p, vf_to_f16(x), n); }
+
+AE_INLINE vi vf_bits(vf x) { return _mm256_castps_si256(x); }
+AE_INLINE vf vi_low_f16(vi a) {
+    a = _mm256_and_si256(a, _mm256_set1_epi32(0xFFFF));
+    return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)));
+}
+AE_INLINE vf vi_high_f16(vi a) { return vi_low_f16(_mm256_srli_epi32(a, 16)); }
+AE_INLINE vf vi_byte(vi a, int k) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(a, 24 - 8 * k), 24));
+}
+AE_INLINE vf vf_load_i8(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+AE_INLINE vf vf_load_i8_n(const int8_t *p, int n) {
+    int8_t lanes[8] = {0};
+    memcpy(lanes, p, (size_t)n);
+    return vf_load_i8(lanes);
+}
 
 #else /* portable: the compiler's vector extension, the width every 64-bit machine has */
 
@@ -210,6 +248,10 @@ AE_INLINE float vf_hmax(vf a) {
     float x = a[0] > a[2] ? a[0] : a[2], y = a[1] > a[3] ? a[1] : a[3];
     return x > y ? x : y;
 }
+AE_INLINE unsigned vf_not_below(vf a, vf b) {
+    vi bits = ~(a < b) & (vi){1, 2, 4, 8};
+    return (unsigned)(bits[0] | bits[1] | bits[2] | bits[3]);
+}
 
 AE_INLINE vi vi_load(const void *p) {
     vi x;
@@ -254,7 +296,35 @@ AE_INLINE void vf_store_f16_n(uint16_t *p, vf x, int n) {
 }
 AE_INLINE void vf_store_f16(uint16_t *p, vf x) { vf_store_f16_n(p, x, W); }
 
+AE_INLINE vi vf_bits(vf x) { return (vi)x; }
+AE_INLINE vf vi_low_f16(vi a) { return vf_from_f16(__builtin_convertvector((vu)a & 0xFFFFu, vh)); }
+AE_INLINE vf vi_high_f16(vi a) { return vf_from_f16(__builtin_convertvector((vu)a >> 16, vh)); }
+AE_INLINE vf vi_byte(vi a, int k) {
+    return __builtin_convertvector((vi)((vu)a << (24 - 8 * k)) >> 24, vf);
+}
+AE_INLINE vf vf_load_i8_n(const int8_t *p, int n) {
+    int8_t lanes[W] = {0};
+    memcpy(lanes, p, (size_t)n);
+    return (vf){lanes[0], lanes[1], lanes[2], lanes[3]};
+}
+AE_INLINE vf vf_load_i8(const int8_t *p) { return vf_load_i8_n(p, W); }
+
 #endif
+
+/* 2^x within 2e-7 of itself for -126 <= x <= 0: the weights of a softmax. 2^-inf = 0, NaN stays NaN; the operand
+ * order of max lets it through. x = n + r with |r| <= 1/2; the polynomial is the minimax one for 2^r whose
+ * constant term is 1. */
+AE_INLINE vf vf_exp2(vf x) {
+    x = vf_max(vf_set(-150.0f), x);
+    vf n = vf_round(x), r = vf_sub(x, n);
+    vf p = vf_set(1.3264727214e-03f);
+    p = vf_fma(p, r, vf_set(9.6715128125e-03f));
+    p = vf_fma(p, r, vf_set(5.5507337448e-02f));
+    p = vf_fma(p, r, vf_set(2.4022242083e-01f));
+    p = vf_fma(p, r, vf_set(6.9314697760e-01f));
+    p = vf_fma(p, r, vf_set(1.0f));
+    return vf_scale2(p, n);
+}
 
 /* e^x within 2 ulp of results that are not subnormal: exp(-inf) = 0, overflow gives inf, NaN stays NaN.
  * x = n ln 2 + r with |r| <= ln(2)/2; the polynomial for e^r is that of Cephes' expf. The operand order of

@@ -6,17 +6,33 @@ cdef extern from "cpu/pack.h" nogil:
         int type
         int64_t rows, cols, col_start, col_stop
 
+    ctypedef struct ae_target:
+        char *data
+        int type
+        int minimum
+        int64_t group, row_offset, panel_stride, panel_offset
+
+    ctypedef struct ae_coding:
+        int bits, zero
+
     enum:
+        AE_PANEL
         AE_SRC_F32, AE_SRC_BF16, AE_SRC_F16
-        AE_SRC_Q8_0, AE_SRC_Q4_0, AE_SRC_Q4_1, AE_SRC_Q4_K, AE_SRC_Q5_K, AE_SRC_Q6_K
+        AE_SRC_Q8_0, AE_SRC_Q4_0, AE_SRC_Q4_1, AE_SRC_Q5_0, AE_SRC_Q5_1, AE_SRC_Q4_K, AE_SRC_Q5_K, AE_SRC_Q6_K
 
     int ae_source_block(int type)
     int64_t ae_source_bytes(int type, int64_t count)
-    int64_t ae_packed_bytes(int64_t n, int64_t k, int type)
-    int ae_pack(ae_team *team, const ae_source *source, void *dst, int dst_type, int64_t row_offset)
-    int ae_convert(ae_team *team, const ae_source *source, void *dst, int dst_type, int64_t row_offset)
+    ae_coding ae_source_coding(int type)
+    int64_t ae_packed_bytes(int64_t n, int64_t k, int type, int64_t group, int minimum)
+    int ae_pack(ae_team *team, const ae_source *source, const ae_target *target)
+    int ae_convert(ae_team *team, const ae_source *source, const ae_target *target)
 
 
+cdef extern from "cpu/quantized.h" nogil:
+    int64_t ae_row8_bytes(int64_t k, int64_t group)
+
+
+PANEL = AE_PANEL
 _SOURCE_TYPES = {
     "F32": AE_SRC_F32,
     "BF16": AE_SRC_BF16,
@@ -24,6 +40,8 @@ _SOURCE_TYPES = {
     "Q8_0": AE_SRC_Q8_0,
     "Q4_0": AE_SRC_Q4_0,
     "Q4_1": AE_SRC_Q4_1,
+    "Q5_0": AE_SRC_Q5_0,
+    "Q5_1": AE_SRC_Q5_1,
     "Q4_K": AE_SRC_Q4_K,
     "Q5_K": AE_SRC_Q5_K,
     "Q6_K": AE_SRC_Q6_K,
@@ -38,30 +56,64 @@ def source_bytes(str src_dtype not None, int64_t count):
     return ae_source_bytes(type, count)
 
 
-def packed_bytes(int64_t n, int64_t k, str dtype not None):
-    """Bytes of a packed [n, k] weight of type `dtype`."""
+def source_format(str src_dtype not None):
+    """(bits, has minimum) of the quantized weight, in groups of 32, that keeps what is stored; or None.
+
+    Scales and codes stay as they are; those of Q6_K, whose groups are shorter, are rounded to 8 bits anew.
+    """
+    if src_dtype not in _SOURCE_TYPES:
+        return None
+    cdef int type = _SOURCE_TYPES[src_dtype]
+    cdef ae_coding coding = ae_source_coding(type)
+    if type == AE_SRC_Q6_K:
+        return 8, False
+    return (4 if coding.bits == 4 else 8, coding.zero < 0) if coding.bits else None
+
+
+cdef int _check_group(int64_t group, str what) except -1:
+    if group not in (32, 64, 128):
+        raise ValueError(f"groups of {what} are 32, 64 or 128 columns, got {group}")
+    return 0
+
+
+def quantized_row_bytes(int64_t k, int64_t group):
+    """Bytes of a quantized row of `k` activations."""
+    if k < 0:
+        raise ValueError(f"the width must not be negative, got {k}")
+    _check_group(group, "quantized rows")
+    return ae_row8_bytes(k, group)
+
+
+# The `enum ae_dtype` of a packed weight, after checking that its groups suit it.
+cdef int _weight_type(str dtype, int64_t group, bint minimum) except -1:
+    cdef int type = _lookup(_WEIGHT_TYPES, dtype, "weight type")
+    if type == AE_Q8 or type == AE_Q4:
+        _check_group(group, f"{dtype} weights")
+    elif group or minimum:
+        raise ValueError(f"{dtype} weights have no groups")
+    return type
+
+
+def packed_bytes(int64_t n, int64_t k, str dtype not None, int64_t group=0, bint minimum=False):
+    """Bytes of a packed [n, k] weight of type `dtype`: F32, BF16, F16, or Q8 or Q4 in groups."""
     if n < 0 or k < 0:
         raise ValueError(f"the shape must not be negative, got [{n}, {k}]")
-    return ae_packed_bytes(n, k, _lookup(_TYPES, dtype, "weight type"))
+    return ae_packed_bytes(n, k, _weight_type(dtype, group, minimum), group, minimum)
 
 
-cdef _transfer(
-    bint pack,
-    Team team,
+# Fills `source` but for its data, which must hold `rows` rows.
+cdef _source(
+    ae_source *source,
     str src_dtype,
-    object src,
+    _View data,
     int64_t rows,
     int64_t cols,
-    object dst,
-    str dst_dtype,
     int64_t row_offset,
     int64_t col_start,
     object col_stop,
 ):
-    cdef ae_source source
-    cdef int type = _lookup(_TYPES, dst_dtype, "weight type"), failed
-    cdef _View data = _View(src, False), out = _View(dst, True)
     source.type = _lookup(_SOURCE_TYPES, src_dtype, "source type")
+    source.data = <const char *>data.data
     source.rows = rows
     source.cols = cols
     source.col_start = col_start
@@ -71,17 +123,7 @@ cdef _transfer(
             f"rows {row_offset}..{row_offset + rows} and columns {source.col_start}..{source.col_stop}"
             f" do not lie in a source of {cols} columns"
         )
-    cdef int64_t width = source.col_stop - source.col_start
     data.need(rows * source_bytes(src_dtype, cols), "the source")
-    if pack:
-        out.need(ae_packed_bytes(row_offset + rows, width, type), "the packed weight")
-    else:
-        out.need((row_offset + rows) * width * (4 if type == AE_F32 else 2), "the destination")
-    source.data = <const char *>data.data
-    with nogil:
-        failed = (ae_pack if pack else ae_convert)(team._team, &source, out.data, type, row_offset)
-    if failed:
-        raise RuntimeError(_FORKED)
 
 
 def pack_linear(
@@ -94,16 +136,47 @@ def pack_linear(
     str dst_dtype not None,
     int64_t row_offset=0,
     *,
+    int64_t group=0,
+    bint minimum=False,
     int64_t col_start=0,
     col_stop=None,
+    int64_t panel_stride=1,
+    int64_t panel_offset=0,
 ):
     """Packs columns [col_start, col_stop) of a stored [rows, cols] weight for LINEAR.
 
     They become rows [row_offset, row_offset + rows) of `dst`, a packed weight of `dst_dtype` with
-    K = col_stop - col_start and `packed_bytes(N, K, dst_dtype)` bytes. `src` and `dst` are buffers or
-    addresses. Runs on the whole team without the GIL.
+    K = col_stop - col_start and `packed_bytes(N, K, dst_dtype, group, minimum)` bytes, whose panel i of PANEL
+    rows lies at panel i * panel_stride + panel_offset. `src` and `dst` are buffers or addresses. Runs on the
+    whole team without the GIL.
     """
-    _transfer(True, team, src_dtype, src, rows, cols, dst, dst_dtype, row_offset, col_start, col_stop)
+    cdef ae_source source
+    cdef ae_target target
+    cdef int failed
+    cdef _View data = _View(src, False), out = _View(dst, True)
+    target.type = _weight_type(dst_dtype, group, minimum)
+    target.data = <char *>out.data
+    target.group = group
+    target.minimum = minimum
+    target.row_offset = row_offset
+    target.panel_stride = panel_stride
+    target.panel_offset = panel_offset
+    _source(&source, src_dtype, data, rows, cols, row_offset, col_start, col_stop)
+    if panel_offset < 0 or panel_stride <= panel_offset:
+        raise ValueError(f"panel {panel_offset} does not lie in a stride of {panel_stride} panels")
+    cdef int64_t panels = (row_offset + rows + AE_PANEL - 1) // AE_PANEL
+    if rows:
+        panels = (panels - 1) * panel_stride + panel_offset + 1
+        out.need(
+            ae_packed_bytes(
+                panels * AE_PANEL, source.col_stop - source.col_start, target.type, group, minimum
+            ),
+            "the packed weight",
+        )
+    with nogil:
+        failed = ae_pack(team._team, &source, &target)
+    if failed:
+        raise RuntimeError(_FORKED)
 
 
 def convert(
@@ -120,4 +193,18 @@ def convert(
     col_stop=None,
 ):
     """Like `pack_linear`, into a plain row-major [_, K] matrix: embedding tables, norms (one row), biases."""
-    _transfer(False, team, src_dtype, src, rows, cols, dst, dst_dtype, row_offset, col_start, col_stop)
+    cdef ae_source source
+    cdef ae_target target
+    cdef int failed
+    cdef _View data = _View(src, False), out = _View(dst, True)
+    memset(&target, 0, sizeof(target))
+    target.type = _lookup(_TYPES, dst_dtype, "weight type")
+    target.data = <char *>out.data
+    target.row_offset = row_offset
+    _source(&source, src_dtype, data, rows, cols, row_offset, col_start, col_stop)
+    cdef int64_t width = source.col_stop - source.col_start
+    out.need((row_offset + rows) * width * (4 if target.type == AE_F32 else 2), "the destination")
+    with nogil:
+        failed = ae_convert(team._team, &source, &target)
+    if failed:
+        raise RuntimeError(_FORKED)

@@ -33,5 +33,6 @@ cdef inline void _drop(Buffer* b) noexcept:
 
 
 cdef inline int32_t* _append(int32_t* out, Buffer* b) noexcept:
-    memcpy(out, b.at, b.size * sizeof(int32_t))
+    if b.size:
+        memcpy(out, b.at, b.size * sizeof(int32_t))
     return out + b.size

@@ -5,6 +5,7 @@ cdef enum:
     ROW = 4
     SAMPLE = 1
     RELAY = 2
+    VERIFY = 4
 
 
 cdef class PlanBuffer:

@@ -41,7 +41,8 @@ cdef Hash _sip_end(uint64_t* v, const uint8_t* data, size_t size, size_t total) 
         _sip_word(v, word)
         i += 8
     word = 0
-    memcpy(&word, data + i, size - i)
+    if i < size:
+        memcpy(&word, data + i, size - i)
     _sip_word(v, word | (<uint64_t>total << 56))
     v[2] ^= 0xEE
     _sip_rounds(v, 4)

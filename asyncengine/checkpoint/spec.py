@@ -8,9 +8,11 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["DType", "ModelSpec", "RopeScaling"]
+__all__ = ["DType", "KVDType", "ModelSpec", "RopeScaling"]
 
 DType = Literal["float32", "bfloat16", "float16"]
+KVDType = Literal["float32", "bfloat16", "float16", "int8"]
+"""Type of stored keys and values; int8 has a scale for every token and head."""
 
 
 class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):

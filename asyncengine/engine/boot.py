@@ -160,7 +160,7 @@ async def _config(started: Started) -> int:
         loop.call_soon_threadsafe(started.progress, "config", done, total, unit, "downloading")
 
     started.files, started.spec = await asyncio.to_thread(_find, args, progress)
-    started.config = config = resolve(args, started.spec)
+    started.config = config = resolve(args, started.spec, is_gguf=started.files.kind == "gguf")
     fds = {}
     if config.tensor_parallel_size > 1:
         # Anonymous memory: nothing to clean up under /dev/shm, whatever happens.
@@ -204,11 +204,13 @@ def _worker_config(started: Started) -> WorkerConfig:
         load_format=started.files.kind,
         device=config.device,
         dtype=config.dtype,
+        quantization=config.quantization,
         kv_dtype=config.kv_dtype,
         block_size=config.block_size,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_samples=config.max_num_samples,
         num_threads=config.num_threads,
         enforce_eager=config.enforce_eager,
         seed=config.seed,
@@ -278,6 +280,7 @@ async def _allocate(started: Started) -> int:
         policy=config.scheduling_policy,  # type: ignore[arg-type]
         max_queued_requests=config.max_queued_requests,
         max_queued_tokens=config.max_queued_tokens,
+        speculation=config.speculative,
     )
     started.core = EngineCore(scheduler, started.workers)
     return sum(msgspec.msgpack.decode(reply, type=Allocated).kv_bytes for reply in replies)

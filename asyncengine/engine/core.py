@@ -201,11 +201,15 @@ class EngineCore:
         for sequence, row in commit.logprobs:
             sequence.owner[1].add_logprobs(row)
         for sequence in commit.progressed:
+            if sequence.owner is None:  # an earlier token of this step completed a stop string
+                continue
             request, completion = sequence.owner
             if request.metrics.first_token is None:
                 self._mark_first_token(request)
             if completion.stops is not None and not completion.finished and completion.absorb():
                 self.scheduler.abort(sequence, "stop")
+                dropped = self.scheduler.generated(sequence, len(completion.output.token_ids))
+                self.metrics.generation_tokens -= len(dropped)
                 self._end(request, completion, "stop", None)
             else:
                 request.wake()

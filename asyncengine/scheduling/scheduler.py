@@ -9,22 +9,36 @@ arrival), and smaller goes first. A point of priority is thus worth `ageing` sec
 of two sequences never changes, nobody is overtaken by what arrives later than that, and nobody
 starves. Admission, rows and blocks are given in this order, and the last running sequence gives way when
 blocks run out: its blocks are freed and it is computed anew from its known tokens later.
+
+Speculation. What the last tokens of a sequence were followed by when they last occurred in it is drafted,
+and its next row verifies the drafts: it samples at every one of its positions, with the noise of the
+position, and keeps what it drew up to the first draw that is not the draft in its place. That is rejection
+sampling from a proposal that is sure of itself: such a draft x is to be accepted with probability p(x),
+and else a token drawn from p without x; to draw from p and accept x if that is what was drawn does just
+that. As noise belongs to positions, the tokens are the very ones that would have come without drafts.
+How far such a row got is known with its result only, so that it cannot be planned ahead of it. Either the
+whole batch waits for its results, if the drafts are expected to make up for the device's idling, or else
+a sequence misses a step where its own drafts are worth more, or else nothing is drafted.
 """
 
 import os
 from array import array
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Sequence as List
 from operator import attrgetter
+from time import perf_counter
 from typing import Literal, NamedTuple
 
 import msgspec
 
 from .._fast.slots import BlockPool, SlotTable
+from ..config import MAX_DRAFT_TOKENS, NgramSpeculation
 from ..errors import InvalidRequestError, QueueFullError
 from ..outputs import FinishReason
 from ..wire.plan import RESULT_HEADER, ResultDetails, RowLogprobs
 from .sequence import Sequence, State
+from .step_cost import StepCost
 
 __all__ = ["Commit", "Plan", "Scheduler"]
 
@@ -42,7 +56,8 @@ class Plan(NamedTuple):
 
 
 class Commit(NamedTuple):
-    """What a step's result changed. `tokens` has the new token of each of `progressed`.
+    """What a step's result changed. `tokens` has the new token of each of `progressed`, where a sequence
+    stands once for every token it got, and so do `logprobs`.
 
     The `ended` ones have their `finish_reason`, and are in `progressed` too unless they failed.
     """
@@ -64,6 +79,7 @@ class Scheduler:
     ageing: seconds of waiting that make up for one point of priority; see the module's docstring.
     max_queued_requests, max_queued_tokens: bounds for what waits beyond the vacant slots; None: no bound.
     hash_key: 16 bytes that key the prefix hashes; fresh random ones if None.
+    speculation: how tokens are drafted; None: they are not.
     """
 
     def __init__(
@@ -81,11 +97,21 @@ class Scheduler:
         max_queued_requests: int | None = None,
         max_queued_tokens: int | None = None,
         hash_key: bytes | None = None,
+        speculation: NgramSpeculation | None = None,
     ) -> None:
         self._pool = BlockPool(num_blocks, block_size, hash_key or os.urandom(16), enable_prefix_caching)
         # A fiftieth of the blocks is kept from newcomers while others run and need room to grow. Of a load
         # twice what the memory holds, that saves 18 % of the computed tokens and costs 1 % more steps.
-        self._table = SlotTable(self._pool, max_num_seqs, eos_ids, watermark=num_blocks // 50)
+        lookup = None
+        if speculation is not None:
+            s = speculation
+            lookup = (s.num_speculative_tokens, s.prompt_lookup_max, s.prompt_lookup_min)
+        self._table = SlotTable(self._pool, max_num_seqs, eos_ids, 0, num_blocks // 50, lookup)
+        self._cost = None if speculation is None else StepCost()
+        self._max_drafts = min(MAX_DRAFT_TOKENS, max_num_seqs * lookup[0]) if lookup else 0
+        self._waited = False
+        self._waited_steps = deque[int]()
+        self._last_commit = 0.0
         self._budget = max_num_batched_tokens
         self._max_model_len = max_model_len
         self._eos_ids = tuple(eos_ids)
@@ -143,6 +169,20 @@ class Scheduler:
     def prefix_hit_tokens(self) -> int:
         """Those of them that were found."""
         return self._table.hit_tokens
+
+    @property
+    def num_drafts(self) -> int:
+        """Rows that verified drafts."""
+        return self._table.drafts
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return self._table.draft_tokens
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        """Those of them that became tokens of their sequence."""
+        return self._table.accepted_tokens
 
     def generated(self, seq: Sequence, start: int = 0) -> list[int]:
         """The generated tokens of `seq` from the `start`-th, in whatever state it is."""
@@ -269,9 +309,16 @@ class Scheduler:
     def plan(self) -> Plan | None:
         """The next step, or None if nothing can be computed before a result comes or a request is added."""
         table = self._table
+        times = None
+        if self._cost is not None and table.look_up():
+            times = self._cost.times(table.num_running, self._max_drafts)
+            expected, time, pending = table.weigh(times)
+            if pending and self._cost.worth_waiting(expected / table.num_running, time, times[0]):
+                self._waited = True
+                return None
         # Only what earlier plans compute can be copied by this one.
         ready = [seq for seq in self._families if table.computed(seq.slot) >= seq.prompt_len]
-        table.begin(self._budget)
+        table.begin(self._budget, times)
         preempted = False
         while not table.plan_running():
             self._preempt(table.last())
@@ -280,7 +327,12 @@ class Scheduler:
         admitted = [] if preempted else self._admit(ready)
         inits = [seq.slot_init(seq.slot, self._eos_ids) for seq in admitted]
         data = table.finish(_INITS.encode(inits) if inits else b"")
-        return None if data is None else Plan(table.step, data, admitted)
+        if data is None:
+            return None
+        if self._waited and table.in_flight == 1:
+            self._waited_steps.append(table.step)
+        self._waited = False
+        return Plan(table.step, data, admitted)
 
     def _preempt(self, seq: Sequence) -> None:
         self.num_preemptions += 1
@@ -326,6 +378,7 @@ class Scheduler:
                 stop_ids=seq.stop_ids,
                 ignore_eos=seq.params.ignore_eos,
                 rank=seq.rank,
+                drafting=not seq.penalized,
             )
             if seat is None:
                 break
@@ -345,13 +398,15 @@ class Scheduler:
     def commit(self, result: bytes | memoryview) -> Commit:
         """Takes the result of the oldest step in flight. Raises RuntimeError if it answers another."""
         progressed, tokens, endings, sampled = self._table.commit(result)
+        if self._cost is not None:
+            self._learn(self._cost, result)
         logprobs: list[tuple[Sequence, RowLogprobs]] = []
         failures: dict[int, str] = {}
         if sampled is not None:
             details = _DETAILS.decode(memoryview(result)[4 * (RESULT_HEADER + len(sampled)) :])
             failures = details.failures
-            for row, found in details.logprobs.items():
-                seq = sampled[row]
+            for sample, found in details.logprobs.items():
+                seq = sampled[sample]
                 if seq is not None:
                     logprobs.append((seq, found))
         ended: list[Sequence] = []
@@ -363,6 +418,16 @@ class Scheduler:
             self._finish(seq, reason, detail)
             ended.append(seq)
         return Commit(progressed, tokens, ended, logprobs, _device_us(result))
+
+    def _learn(self, cost: StepCost, result: bytes | memoryview) -> None:
+        now, spent = perf_counter(), _device_us(result)
+        step = int.from_bytes(result[4:8], "little")
+        if self._table.sampled_only:
+            cost.observe(self._table.sampled_only, spent)
+        if self._waited_steps and self._waited_steps[0] == step:
+            self._waited_steps.popleft()
+            cost.observe_gap(1e6 * (now - self._last_commit) - spent)
+        self._last_commit = now
 
 
 def _device_us(result: bytes | memoryview) -> int:

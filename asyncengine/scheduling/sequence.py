@@ -121,10 +121,15 @@ class Sequence:
         """Length, prompt included, below which a stop token cannot be drawn."""
         return self.prompt_len + self.params.min_tokens
 
+    @property
+    def penalized(self) -> bool:
+        """Whether what was drawn before changes what is drawn next."""
+        p = self.params
+        return p.presence_penalty != 0 or p.frequency_penalty != 0 or p.repetition_penalty != 1
+
     def slot_init(self, slot: int, eos_ids: Iterable[int]) -> SlotInit:
         """What the worker must know when the sequence enters `slot`."""
         p = self.params
-        penalized = p.presence_penalty != 0 or p.frequency_penalty != 0 or p.repetition_penalty != 1
         return SlotInit(
             slot=slot,
             seed=self.noise,
@@ -139,7 +144,7 @@ class Sequence:
             logprobs=-1 if p.logprobs is None else p.logprobs,
             min_len=self.min_len,
             stop_ids=[*self.stop_ids, *(() if p.ignore_eos else eos_ids)],
-            history=self.tokens.tolist() if penalized else None,
+            history=self.tokens.tolist() if self.penalized else None,
         )
 
 

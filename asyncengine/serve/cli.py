@@ -105,10 +105,11 @@ def _chosen(args: argparse.Namespace, options: dict[str, Callable[[str], Any]]) 
 
 async def _create(args: argparse.Namespace) -> AsyncLLM:
     show = sys.stderr.isatty() and not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
+    options = _chosen(args, _ENGINE_OPTIONS)
+    if args.model is None:
+        options.setdefault("dtype", "bfloat16")  # so small a model answers better without rounded activations
     return await AsyncLLM.create(
-        args.model or demo_model(),
-        on_progress=_show_progress if show else None,
-        **_chosen(args, _ENGINE_OPTIONS),
+        args.model or demo_model(), on_progress=_show_progress if show else None, **options
     )
 
 

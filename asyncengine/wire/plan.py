@@ -12,6 +12,8 @@ Plan (host -> every rank), one step of the batch::
               positions [start, start + count) of the sequence in `slot` are computed. Decode rows
               (RELAY) come first. SAMPLE: the row's last position is sampled from.
               RELAY: count is 1 and the token is the slot's last sampled one, known to the worker.
+              VERIFY: with SAMPLE, without RELAY. All positions are sampled from: the tokens after the
+              first are drafts. What was drawn is not relayed.
     updates   updates x 3: slot, index, block    block_table[slot][index] = block, before the step
     copies    copies x 2: source, target         whole blocks, in order, before the step
     tokens    the inline tokens of the rows without RELAY, in row order
@@ -19,8 +21,8 @@ Plan (host -> every rank), one step of the batch::
 
 Result (rank 0 -> host), one per plan, in order::
 
-    header    RESULT_HEADER int32: epoch, step, sampled rows, payload bytes, device microseconds, 0, 0, 0
-    tokens    one int32 per sampled row, in row order; -1 for a row that failed
+    header    RESULT_HEADER int32: epoch, step, samples, payload bytes, device microseconds, 0, 0, 0
+    tokens    one int32 per sample, in order of rows and positions; -1 for one that failed
     payload   msgspec ResultDetails, absent in the common case
 """
 
@@ -34,6 +36,7 @@ ROW_FIELDS = 4
 
 SAMPLE = 1
 RELAY = 2
+VERIFY = 4
 
 
 class Kind(enum.IntEnum):
@@ -70,7 +73,7 @@ class SlotInit(msgspec.Struct, array_like=True, frozen=True):
 
 
 class RowLogprobs(msgspec.Struct, array_like=True, frozen=True):
-    """The raw model distribution at one sampled row."""
+    """The raw model distribution at one sample."""
 
     sampled: float
     rank: int
@@ -79,7 +82,7 @@ class RowLogprobs(msgspec.Struct, array_like=True, frozen=True):
 
 
 class ResultDetails(msgspec.Struct, array_like=True, frozen=True):
-    """What only some steps have to say. Keys count the step's sampled rows from 0."""
+    """What only some steps have to say. Keys count the step's samples from 0."""
 
     logprobs: dict[int, RowLogprobs]
     failures: dict[int, str]

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from ..checkpoint.spec import DType, ModelSpec
+from ..checkpoint.spec import DType, KVDType, ModelSpec
 
 __all__ = ["Allocate", "Allocated", "Captured", "Loaded", "Profiled", "WorkerConfig"]
 
@@ -17,12 +17,16 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """safetensors | gguf | dummy."""
     device: str
     dtype: DType
-    """Type that weights are held and multiplied in."""
-    kv_dtype: DType
+    """Type of the weights that are not quantized."""
+    quantization: str | None
+    """gguf (as stored), int8 or int4; None: no weight is quantized."""
+    kv_dtype: KVDType
     block_size: int
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_num_samples: int
+    """Most positions of a step that are sampled from."""
     num_threads: int
     """Compute threads of this rank."""
     enforce_eager: bool
@@ -39,7 +43,7 @@ class Profiled(msgspec.Struct, frozen=True):
     """Stage `profile`: what a step needs and what is left, in bytes on this rank."""
 
     activation_bytes: int
-    """Step buffers at `max_num_batched_tokens` tokens and `max_num_seqs` sequences."""
+    """Step buffers at `max_num_batched_tokens` tokens and `max_num_samples` samples."""
     bytes_per_block: int
     """Keys and values of one block, all layers of this rank."""
     available_bytes: int

@@ -11,7 +11,7 @@ import numpy as np
 from msgspec import msgpack
 from numpy.typing import NDArray
 
-from ..wire.plan import PLAN_HEADER, RELAY, ROW_FIELDS, SAMPLE, SlotInit
+from ..wire.plan import PLAN_HEADER, RELAY, ROW_FIELDS, SAMPLE, VERIFY, SlotInit
 
 __all__ = ["Batch", "Plan", "parse_plan"]
 
@@ -59,8 +59,10 @@ def parse_plan(data: bytes) -> Plan:
 class Batch:
     """Slot state and step inputs; the native step reads these very arrays."""
 
-    def __init__(self, slots: int, max_tokens: int, max_len: int, block_size: int, num_blocks: int) -> None:
-        self._limits = (slots, max_tokens, max_len, num_blocks)
+    def __init__(
+        self, slots: int, max_tokens: int, max_len: int, max_samples: int, block_size: int, num_blocks: int
+    ) -> None:
+        self._limits = (slots, max_tokens, max_len, max_samples, num_blocks)
         self.block_table = np.zeros((slots, -(-max_len // block_size)), np.int32)
         self.last_token = np.zeros(slots, np.int32)
         self.token_ids = np.zeros(max_tokens, np.int32)
@@ -69,14 +71,14 @@ class Batch:
         self.query_start = np.zeros(slots + 1, np.int32)
         self.context_len = np.zeros(slots, np.int32)
         self.row_slot = np.zeros(slots, np.int32)
-        self.sample_rows = np.zeros(slots, np.int32)
+        self.sample_rows = np.zeros(max_samples, np.int32)
         self.num_tokens = 0
         self.num_rows = 0
         self.sample_slots: Ints = np.zeros(0, np.int32)
-        """[samples] slot of each row that is sampled from."""
+        """[samples] slot of each position that is sampled from."""
         self.sample_positions: Ints = np.zeros(0, np.int32)
         """[samples] position of the token that each of them draws."""
-        self._count = np.arange(max(slots, max_tokens) + 1, dtype=np.int32)
+        self._count = np.arange(max(slots, max_tokens, max_samples) + 1, dtype=np.int32)
 
     @property
     def num_samples(self) -> int:
@@ -88,7 +90,8 @@ class Batch:
         slots, starts, counts, flags = plan.rows.T
         relayed = int(np.count_nonzero(flags & RELAY))
         tokens = relayed + len(plan.tokens)
-        self._check(plan, relayed)
+        samples = np.where(flags & VERIFY, counts, flags & SAMPLE)
+        self._check(plan, relayed, int(samples.sum()))
         if len(plan.updates):
             slot, index, block = plan.updates.T
             self.block_table[slot, index] = block
@@ -108,21 +111,25 @@ class Batch:
             self.token_row[:tokens] = row
             self.positions[:tokens] = (starts - self.query_start[:rows])[row] + self._count[:tokens]
             self.token_ids[relayed:tokens] = plan.tokens
-        sampled = np.flatnonzero(flags & SAMPLE)
-        self.sample_slots = slots[sampled]
-        self.sample_positions = ends[sampled]
-        self.sample_rows[: len(sampled)] = self.query_start[sampled + 1] - 1
+        # A row's samples are its last positions, so many of them as it has samples.
+        before = np.cumsum(samples)
+        at = np.repeat(self.query_start[1 : rows + 1] - before, samples)
+        at += self._count[: len(at)]
+        self.sample_slots = slots[self.token_row[at]]
+        self.sample_positions = self.positions[at] + 1
+        self.sample_rows[: len(at)] = at
 
-    def _check(self, plan: Plan, relayed: int) -> None:
+    def _check(self, plan: Plan, relayed: int, samples: int) -> None:
         """What is out of bounds is a defect of the host; it must not become a write to foreign memory."""
-        slots, max_tokens, max_len, num_blocks = self._limits
+        slots, max_tokens, max_len, max_samples, num_blocks = self._limits
         rows = plan.rows
         starts, counts = rows[:, 1], rows[:, 2]
         tokens = relayed + len(plan.tokens)
         sound = (
             len(rows) <= slots
             and tokens <= max_tokens
-            and _below(rows, slots, max_len, max_len + 1, SAMPLE + RELAY + 1)
+            and samples <= max_samples
+            and _below(rows, slots, max_len, max_len + 1, SAMPLE + RELAY + VERIFY + 1)
             and _below(plan.updates, slots, self.block_table.shape[1], num_blocks)
             and _below(plan.copies, num_blocks, num_blocks)
             and int(counts.sum()) == tokens
@@ -131,8 +138,9 @@ class Batch:
         )
         if not sound:
             raise ValueError(
-                f"plan {plan.step} is out of bounds: it has {len(rows)} rows and {tokens} tokens; there are"
-                f" {slots} slots, {max_tokens} tokens a step, {max_len} positions and {num_blocks} blocks"
+                f"plan {plan.step} is out of bounds: it has {len(rows)} rows, {tokens} tokens and {samples}"
+                f" samples; there are {slots} slots, {max_tokens} tokens and {max_samples} samples a step,"
+                f" {max_len} positions and {num_blocks} blocks"
             )
 
 

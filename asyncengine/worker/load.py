@@ -3,7 +3,7 @@
 import math
 import re
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from ..wire.stages import WorkerConfig
 from .models.decoder import Decoder
 from .models.parameters import Linear, Parameter, Source
 
-__all__ = ["DummyCheckpoint", "Store", "load_weights", "open_checkpoint", "sources_of"]
+__all__ = ["DummyCheckpoint", "Store", "check_weights", "fill", "open_checkpoint", "sources_of"]
 
 _HARMLESS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 """Buffers that old checkpoints saved beside the weights; they follow from the configuration."""
@@ -35,24 +35,32 @@ class Store(Protocol):
         ...
 
 
-def load_weights(
-    model: Decoder, checkpoint: Checkpoint, store: Store, progress: Callable[[int, int], None]
-) -> None:
-    """Moves every parameter into `store`; `progress(done, total)` counts checkpoint bytes.
+def check_weights(model: Decoder, checkpoint: Checkpoint) -> dict[str, int]:
+    """Stored bytes of every tensor that the model takes, by name.
 
-    Raises ModelLoadError for missing, unexpected or wrongly shaped tensors before any is copied.
+    Raises ModelLoadError for missing, unexpected or wrongly shaped tensors.
     """
-    parameters = list(model.parameters())
-    sources = {source.name: source for parameter in parameters for source in sources_of(parameter)}
+    sources = {source.name: source for parameter in model.parameters() for source in sources_of(parameter)}
     _check_names(set(sources), checkpoint.names(), model.spec)
     if _HEAD not in sources and _HEAD in checkpoint.names():
         # Some tools save a tied head too. As everywhere, the tie wins; but it must be the same matrix.
         _check_shape(checkpoint.tensor(_HEAD), model.embed.source._replace(name=_HEAD))
-    sizes = {name: _check_shape(checkpoint.tensor(name), source) for name, source in sources.items()}
+    return {name: _check_shape(checkpoint.tensor(name), source) for name, source in sources.items()}
+
+
+def fill(
+    store: Store,
+    parameters: Iterable[Parameter],
+    checkpoint: Checkpoint,
+    sizes: dict[str, int],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Moves every parameter into `store`; `progress(done, total)` counts the checkpoint bytes `sizes`."""
+    remaining = dict(sizes)
     total, done = sum(sizes.values()), 0
     for parameter in parameters:
         store.put(parameter, checkpoint.tensor)
-        done += sum(sizes.pop(source.name, 0) for source in sources_of(parameter))
+        done += sum(remaining.pop(source.name, 0) for source in sources_of(parameter))
         progress(done, total)
 
 

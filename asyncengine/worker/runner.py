@@ -84,11 +84,12 @@ class Runner:
             config.max_num_seqs,
             config.max_num_batched_tokens,
             config.max_model_len,
+            config.max_num_samples,
             config.block_size,
             self.backend.cache.num_blocks,
         )
         self._sampler = Sampler(self.backend.team, config.max_num_seqs, config.spec.vocab_size)
-        self._result = np.zeros(RESULT_HEADER + config.max_num_seqs, np.int32)
+        self._result = np.zeros(RESULT_HEADER + config.max_num_samples, np.int32)
         operations, nbytes = self.backend.capture(self._batch)
         return Captured(0 if config.enforce_eager else operations, nbytes)
 
@@ -103,16 +104,21 @@ class Runner:
         batch.prepare(plan)
         if len(plan.copies):
             backend.cache.copy_blocks(plan.copies)
-        logits = backend.run(batch)
         samples = batch.num_samples
+        slots, positions = batch.sample_slots, batch.sample_positions
+        modes = self._sampler.head_modes(slots, positions)
+        logits = backend.run(batch, modes)
         tokens = self._result[RESULT_HEADER : RESULT_HEADER + samples]
         details = None
         if samples:
             if first:
-                details = self._sampler.draw(logits, batch.sample_slots, batch.sample_positions, tokens)
+                best_k = modes.k if backend.best else None
+                details = self._sampler.draw(
+                    logits, slots, positions, tokens, best=backend.best, best_k=best_k
+                )
             if backend.comm is not None:
                 backend.comm.broadcast_tokens(tokens.data)
-            batch.last_token[batch.sample_slots] = tokens
+            batch.last_token[slots] = tokens  # of a verified row, any: it is not relayed
         if not first:
             return None
         payload = b"" if details is None else msgpack.encode(details)

@@ -1,15 +1,15 @@
 """Sampling state of every slot, and the draw of a step's tokens from its logits."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncengine._fast.cpu import Team, sample
+from asyncengine._fast.cpu import Buffer, Team, count_tokens, sample, sample_workspace
 
 from ..wire.plan import ResultDetails, RowLogprobs, SlotInit
 
-__all__ = ["Sampler"]
+__all__ = ["HeadModes", "Sampler"]
 
 Ints = NDArray[np.int32]
 
@@ -18,6 +18,19 @@ _NOT_FINITE = (
     "the model produced non-finite logits for this request;"
     " its weights may be damaged, or too large for the dtype"
 )
+_HEAD_MOST = 64
+"""The most candidates that the head can keep of a row (AE_BEST)."""
+_GREEDY = 1e-5
+"""Temperatures below it take the largest logit (AE_GREEDY)."""
+
+
+class HeadModes(NamedTuple):
+    """What a step's head (AE_HEAD) is to keep of each sampled row."""
+
+    k: Ints
+    """[S] the row's best k; -1: its logits."""
+    temperature: NDArray[np.float32]
+    """[S] by what the logits are divided before they are compared."""
 
 
 class Sampler:
@@ -26,7 +39,10 @@ class Sampler:
     def __init__(self, team: Team, slots: int, vocab_size: int) -> None:
         self._team = team
         self._vocab_size = vocab_size
+        self._workspace = Buffer(sample_workspace(team.num_threads, vocab_size))
         self._traits = np.zeros(slots, np.uint8)
+        self._head_k = np.ones(slots, np.int32)
+        self._head_temperature = np.ones(slots, np.float32)
         self._draws: dict[str, NDArray[Any]] = {
             "temperature": np.zeros(slots, np.float32),
             "top_k": np.zeros(slots, np.int32),
@@ -58,6 +74,11 @@ class Sampler:
             | _LOGPROBS * (init.logprobs >= 0)
             | _MIN_LEN * (bool(init.stop_ids) and init.min_len > init.prompt_len)
         )
+        is_greedy = init.temperature < _GREEDY
+        best = 1 if is_greedy else init.top_k
+        reducible = 1 <= best <= _HEAD_MOST and not self._traits[slot] & (_PENALTIES | _LOGPROBS)
+        self._head_k[slot] = best if reducible else -1
+        self._head_temperature[slot] = 1.0 if is_greedy else init.temperature
         draws = (init.temperature, init.top_k, init.top_p, init.min_p, init.seed)
         for array, value in zip(self._draws.values(), draws, strict=True):
             array[slot] = value
@@ -74,17 +95,40 @@ class Sampler:
         for array, value in zip(self._penalties.values(), (*penalties, *addresses), strict=True):
             array[slot] = value
 
-    def draw(self, logits: int, slots: Ints, positions: Ints, tokens: Ints) -> ResultDetails | None:
+    def head_modes(self, slots: Ints, positions: Ints) -> HeadModes:
+        """What must be kept of the rows that `draw` will be called for with the same arguments.
+
+        Greedy rows need one candidate, rows with top-k as many as that; penalties, log-probabilities, stop
+        ids that are banned yet, and distributions that top-k does not bound need all logits.
+        """
+        k = self._head_k[slots]
+        k[self._early(slots, positions)] = -1
+        return HeadModes(k, self._head_temperature[slots])
+
+    def draw(
+        self,
+        logits: int,
+        slots: Ints,
+        positions: Ints,
+        tokens: Ints,
+        *,
+        best: int = 0,
+        best_k: Ints | None = None,
+    ) -> ResultDetails | None:
         """Draws a token for every row of `logits` (address of float32 [S, vocabulary]) into `tokens` [S].
 
-        `positions` [S] are those of the drawn tokens. -1 marks a row that failed; the details tell why,
-        and carry log-probabilities where they were asked for. None where there is nothing to tell.
+        `positions` [S] are those of the drawn tokens; a slot may have several rows. -1 marks a row that
+        failed; the details tell why, and carry log-probabilities where they were asked for. None where there
+        is nothing to tell. After a step whose head kept the best of rows, `best` is the address of what it
+        kept and `best_k` the `k` of the head modes.
         """
         rows = len(slots)
-        traits = int(np.bitwise_or.reduce(self._traits[slots]))
+        traits = int(np.bitwise_or.reduce(self._traits[slots])) if rows else 0
         options: dict[str, NDArray[Any]] = {}
+        if best_k is not None:
+            options["head_k"] = best_k
         if traits & _RANDOM:
-            options = {name: values[slots] for name, values in self._draws.items()}
+            options |= {name: values[slots] for name, values in self._draws.items()}
             options["position"] = positions.astype(np.int64)
         if traits & _PENALTIES:
             options |= {name: values[slots] for name, values in self._penalties.items()}
@@ -98,12 +142,11 @@ class Sampler:
             options["top_ids"] = np.empty((rows, width), np.int32)
             options["top_logprobs"] = np.empty((rows, width), np.float32)
         views = {name: array.data for name, array in options.items()}
-        sample(self._team, logits, self._vocab_size, tokens.data, **views)
+        memory = self._workspace.address
+        sample(self._team, logits, self._vocab_size, tokens.data, best=best, workspace=memory, **views)
         failed = tokens < 0
         if traits & _PENALTIES:
-            for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
-                if token >= 0 and slot in self._history:
-                    self._history[slot].counts[token] += 1
+            count_tokens(options["counts"].data, tokens.data, self._vocab_size)
         if not (traits & _LOGPROBS or failed.any()):
             return None
         return ResultDetails(
@@ -111,10 +154,15 @@ class Sampler:
             dict.fromkeys(np.flatnonzero(failed).tolist(), _NOT_FINITE),
         )
 
+    def _early(self, slots: Ints, positions: Ints) -> NDArray[np.bool_]:
+        """[S] whether the stop ids of a row cannot be drawn yet."""
+        early: NDArray[np.bool_] = (self._traits[slots] & _MIN_LEN != 0) & (positions < self._min_len[slots])
+        return early
+
     def _banned(self, slots: Ints, positions: Ints) -> tuple[Ints, Ints]:
         """Stop ids that cannot be drawn yet: rows' starts [S + 1] in the list of ids."""
         none = np.zeros(0, np.int32)
-        early = (self._traits[slots] & _MIN_LEN != 0) & (positions < self._min_len[slots])
+        early = self._early(slots, positions)
         ids = [
             self._stop_ids[slot] if row_is_early else none
             for slot, row_is_early in zip(slots.tolist(), early.tolist(), strict=True)

@@ -492,7 +492,7 @@ def test_gguf_rope_scaling(tmp_path):
         ({"rope_scaling_type": RopeScalingType.LONGROPE}, "longrope"),
         ({"rope_scaling_type": RopeScalingType.YARN, "rope_scaling_factor": 4.0,
           "rope_scaling_yarn_ext_factor": 0.5}, "yarn_ext_factor"),
-        ({"kind": "Q5_0"}, "type Q5_0; supported: BF16"),
+        ({"kind": "MXFP4"}, "type MXFP4; supported: BF16"),
         ({"tensors": {"rope_freqs.weight": (5,)}}, "5 rotary factors"),
         ({"head_count_kv": [1]}, "num_key_value_heads"),
     ],

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 from asyncengine._fast import cpu
 
+from .kv_int8 import blocks_of, quantized
 from .one_op import LEVELS, TYPES, narrowed, run, team, widened
+
+KV_TYPES = {**TYPES, "i8": cpu.I8}
 
 
 @dataclass
@@ -32,21 +35,31 @@ class Batch:
         used = sum(needed)
         # Blocks that nobody has, and rows past the end, hold NaN: reading one shows.
         shape = (used + 3, self.kv_heads, self.block, self.dim)
-        self.keys, self.values = (narrowed(np.full(shape, np.nan, np.float32), self.dtype) for _ in "kv")
+        caches = np.full((2, *shape), np.nan, np.float32)
         self.table = np.full((len(self.rows) + 2, max(needed) + 1), used + 2, np.int32)
         self.slots = rng.permutation(len(self.table))[: len(self.rows)].astype(np.int32)
         free = iter(rng.permutation(used + 2))
         self.sequences = []
         for length, blocks, slot in zip(lengths, needed, self.slots, strict=True):
             self.table[slot, :blocks] = [next(free) for _ in range(blocks)]
-            x = narrowed(rng.normal(size=(2, length, self.kv_heads, self.dim)).astype(np.float32), self.dtype)
+            x = rng.normal(size=(2, length, self.kv_heads, self.dim)).astype(np.float32)
             at = np.arange(length)
-            for cache, rows in zip((self.keys, self.values), x, strict=True):
-                cache[self.table[slot, at // self.block], :, at % self.block] = rows
-            self.sequences.append(x)
+            caches[:, self.table[slot, at // self.block], :, at % self.block] = x.swapaxes(0, 1)
+            self.sequences.append(self.stored(x))
+        if self.dtype == "i8":
+            self.keys, self.values = (blocks_of(*quantized(cache)) for cache in caches)
+        else:
+            self.keys, self.values = (narrowed(cache, self.dtype) for cache in caches)
         tokens = sum(count for _, count in self.rows)
         self.qkv = rng.normal(0, 1.5, (tokens, self.q_heads + 2 * self.kv_heads, self.dim)).astype(np.float32)
         self.scale = float(np.float32(self.dim**-0.5))
+
+    def stored(self, x: np.ndarray) -> np.ndarray:
+        """What the cache makes of x, in float64."""
+        if self.dtype != "i8":
+            return widened(narrowed(x, self.dtype))
+        codes, scales = quantized(x)
+        return codes * scales.astype(np.float64)[..., None]
 
     def run(
         self,
@@ -54,8 +67,12 @@ class Batch:
         threads: int = 1,
         rows: list[tuple[int, int, int]] | None = None,
         workspace: int = 1 << 22,
+        row8_group: int = 0,
     ) -> np.ndarray:
-        """The output [tokens, heads, dim]; `rows` may name parts: (row, first, count) of its new tokens."""
+        """The output [tokens, heads, dim]; `rows` may name parts: (row, first, count) of its new tokens.
+
+        With `row8_group` its quantized rows instead, [tokens, bytes].
+        """
         parts = rows if rows is not None else [(r, 0, count) for r, (_, count) in enumerate(self.rows)]
         first = np.cumsum([0] + [count for _, count in self.rows])
         tokens = np.concatenate([np.arange(first[r] + i, first[r] + i + n) for r, i, n in parts])
@@ -64,11 +81,28 @@ class Batch:
         qkv = np.ascontiguousarray(self.qkv[tokens])
         out = np.full((len(tokens), self.q_heads, self.dim), np.nan, np.float32)
         space = np.full(workspace, 0xFF, np.uint8)  # NaNs
+        width = self.q_heads * self.dim
+        row8 = (
+            np.zeros((len(tokens), (width + width // row8_group * 8 + 63) // 64 * 64), np.uint8)
+            if row8_group
+            else None
+        )
         run(
             team(level, threads),
             cpu.ATTENTION,
-            [out, qkv, self.keys, self.values, 0, 0, 0, space],
-            [self.q_heads, self.kv_heads, self.dim, 0, self.block, TYPES[self.dtype], self.window, workspace],
+            [None if row8_group else out, qkv, self.keys, self.values, row8, 0, 0, space],
+            [
+                *(
+                    self.q_heads,
+                    self.kv_heads,
+                    self.dim,
+                    row8_group,
+                    self.block,
+                    KV_TYPES[self.dtype],
+                    self.window,
+                ),
+                *(workspace, self.keys[0].nbytes),
+            ],
             [self.scale],
             num_tokens=len(tokens),
             num_seqs=len(parts),
@@ -79,13 +113,13 @@ class Batch:
             row_slot=self.slots[[r for r, _, _ in parts]],
             block_table=self.table,
         )
-        return out
+        return out if row8 is None else row8
 
     def exact(self) -> np.ndarray:
         out, group = [], self.q_heads // self.kv_heads
         queries = iter(self.qkv[:, : self.q_heads].astype(np.float64))
         for (start, count), x in zip(self.rows, self.sequences, strict=True):
-            k, v = (np.repeat(widened(part), group, axis=1) for part in x)
+            k, v = (np.repeat(part, group, axis=1) for part in x)
             for position in range(start, start + count):
                 low = max(0, position - self.window + 1) if self.window else 0
                 s = np.einsum("hd,jhd->hj", next(queries), k[low : position + 1]) * self.scale
@@ -106,10 +140,11 @@ def test_mixed_batches(level: str, dim: int, heads: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("dim", [64, 33])
-def test_cache_types(level: str, dtype: str, dim: int) -> None:
-    batch = Batch(MIXED, 6, 2, dim, dtype=dtype)
+@pytest.mark.parametrize("dtype", KV_TYPES)
+@pytest.mark.parametrize("dim", [64, 33, 80, 256])
+@pytest.mark.parametrize("heads", [(6, 2), (5, 1)], ids=str)
+def test_cache_types(level: str, dtype: str, dim: int, heads: tuple[int, int]) -> None:
+    batch = Batch(MIXED, *heads, dim, dtype=dtype)
     np.testing.assert_allclose(batch.run(level, 2), batch.exact(), atol=4e-6, rtol=1e-5)
 
 
@@ -143,12 +178,12 @@ def test_bits_depend_on_nothing_but_the_query(data: st.DataObject) -> None:
     level = data.draw(st.sampled_from(LEVELS))
     sizes = st.tuples(st.sampled_from([0, 3, 64, 500, 511, 512, 1100]), st.sampled_from([1, 2, 30, 65, 150]))
     rows = data.draw(st.lists(sizes, min_size=1, max_size=3))
-    heads = data.draw(st.sampled_from([(1, 1), (3, 1), (4, 2)]))
+    heads = data.draw(st.sampled_from([(1, 1), (3, 1), (4, 2), (5, 1), (7, 1)]))
     batch = Batch(
         rows,
         *heads,
         data.draw(st.sampled_from([16, 33, 64])),
-        dtype=data.draw(st.sampled_from(list(TYPES))),
+        dtype=data.draw(st.sampled_from(list(KV_TYPES))),
         window=data.draw(st.sampled_from([0, 0, 90])),
     )
     whole = batch.run(level, 1, workspace=0)
@@ -182,6 +217,42 @@ def test_a_damaged_sequence_leaves_the_others_alone() -> None:
         out = batch.run(level, 2)
         assert np.isnan(out[0]).all()
         np.testing.assert_allclose(out[1:], clean[1:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("heads", "group"), [((9, 3), 64), ((4, 1), 32)], ids=str)
+def test_quantized_rows(level: str, heads: tuple[int, int], group: int) -> None:
+    batch = Batch(MIXED, *heads, 64)
+    rows, exact = batch.run(level, 2, row8_group=group), batch.exact().reshape(-1, heads[0] * 64)
+    width = exact.shape[1]
+    codes = rows[:, :width].view(np.int8).reshape(len(rows), -1, group).astype(np.float64)
+    scales, sums = rows[:, width : width + width // group * 8].reshape(len(rows), 2, -1).swapaxes(0, 1)
+    scales, sums = np.ascontiguousarray(scales).view(np.float32), np.ascontiguousarray(sums).view(np.int32)
+    peaks = np.abs(exact.reshape(codes.shape)).max(-1)
+    np.testing.assert_allclose(scales, peaks / 127, rtol=1e-4, atol=1e-7)
+    np.testing.assert_array_equal(sums, codes.sum(-1))
+    error = np.abs(codes * scales[..., None] - exact.reshape(codes.shape)).max(-1)
+    assert (error <= 0.502 * scales + 1e-5).all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_row_of_int8_that_overflowed_shows(level: str) -> None:
+    batch = Batch([(40, 1), (40, 1)], 3, 1, 64, dtype="i8")
+    scales = batch.keys[batch.table[batch.slots[0], 0], 16 * 64 :].view(np.float32)
+    scales[5] = np.nan
+    out = batch.run(level)
+    assert np.isnan(out[0]).all()
+    np.testing.assert_allclose(out[1], batch.exact()[1], atol=4e-6, rtol=1e-5)
+
+
+def test_bytes_of_a_block() -> None:
+    for name, size in (("F32", 4), ("BF16", 2), ("F16", 2)):
+        assert cpu.kv_block_bytes(name, 3, 16, 80) == 3 * 16 * 80 * size
+    assert cpu.kv_block_bytes("I8", 3, 16, 80) == 3 * 16 * 80 + 192
+    assert cpu.kv_block_bytes("I8", 1, 8, 33) == 320 + 64
+    for bad in [("Q4", 3, 16, 80), ("I8", 0, 16, 80), ("I8", 3, 0, 80), ("I8", 3, 16, 513)]:
+        with pytest.raises(ValueError, match=r"KV|no blocks"):
+            cpu.kv_block_bytes(*bad)
 
 
 def test_the_workspace_refuses_impossible_heads() -> None:

@@ -7,8 +7,10 @@ from gguf.quants import dequantize, quantize
 
 from asyncengine._fast import cpu
 
-QUANTIZED = {"Q8_0": 32, "Q4_0": 32, "Q4_1": 32, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
-SCALES = {"Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+QUANTIZED = dict.fromkeys(("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"), 32)
+QUANTIZED |= dict.fromkeys(("Q4_K", "Q5_K", "Q6_K"), 256)
+SCALES = {"Q8_0": (0,), "Q4_0": (0,), "Q5_0": (0,), "Q6_K": (208,)}
+SCALES |= dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def test_quantized_blocks(team: cpu.Team, dtype: str) -> None:
     assert (np.abs(out.astype(np.float64) - expected) <= tolerance).all()
 
 
-@pytest.mark.parametrize("dtype", ["Q8_0", "Q4_0", "Q4_1"])
+@pytest.mark.parametrize("dtype", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_quantized_weights_come_back(team: cpu.Team, dtype: str) -> None:
     w = np.random.default_rng(2).standard_normal((20, 96), np.float32)
     raw = quantize(w, GGMLQuantizationType[dtype])

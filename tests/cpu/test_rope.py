@@ -5,6 +5,7 @@ import pytest
 
 from asyncengine._fast import cpu
 
+from .kv_int8 import blocks_of, quantized
 from .one_op import LEVELS, TYPES, narrowed, run, team
 
 # heads, KV heads, head size, rotary dim, block
@@ -47,7 +48,7 @@ def test_rope_and_write(level: str, dtype: str, norm: bool, shape: tuple[int, in
         team(level, 2),
         cpu.ROPE_KV,
         [qkv, cos_sin, keys, values, *weights],
-        [Hq, Hk, D, rotary, block, TYPES[dtype]],
+        [Hq, Hk, D, rotary, block, TYPES[dtype], 0, 0, keys[0].nbytes],
         [eps],
         num_tokens=T,
         num_seqs=3,
@@ -78,6 +79,40 @@ def test_rope_and_write(level: str, dtype: str, norm: bool, shape: tuple[int, in
     np.testing.assert_array_equal(values, expected_values)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("heads", "D", "block"), [((3, 1), 64, 16), ((4, 2), 80, 32), ((2, 3), 34, 8)], ids=str
+)
+def test_int8_rows(level: str, heads: tuple[int, int], D: int, block: int) -> None:
+    (Hq, Hk), T = heads, 29
+    rng = np.random.default_rng(D)
+    qkv = rng.normal(0, 2, (T, Hq + 2 * Hk, D)).astype(np.float32)
+    qkv[3, Hq + Hk], qkv[4, -1, 5], qkv[5, -1, 7] = 0, np.inf, np.nan
+    blocks = -(-T // block)
+    table = rng.permutation(blocks)[None]
+    keys, values = np.zeros((2, blocks, cpu.kv_block_bytes("I8", Hk, block, D)), np.uint8)
+    run(
+        team(level, 2),
+        cpu.ROPE_KV,
+        [qkv, tables(T, D), keys, values, None, None],
+        [Hq, Hk, D, D, block, cpu.I8, 0, 0, keys[0].nbytes],
+        num_tokens=T,
+        num_seqs=1,
+        positions=np.arange(T),
+        block_table=table,
+    )
+    for cache, rows in ((keys, qkv[:, Hq : Hq + Hk]), (values, qkv[:, Hq + Hk :])):
+        codes = np.zeros((blocks, Hk, block, D), np.int8)
+        scales = np.zeros((blocks, Hk, block), np.float32)
+        at = table[0, np.arange(T) // block], slice(None), np.arange(T) % block
+        codes[at], scales[at] = quantized(rows)
+        expected = blocks_of(codes, scales)
+        end = -(-codes[0].size // 64) * 64
+        np.testing.assert_array_equal(cache[:, :end], expected[:, :end])
+        got, expected = (np.ascontiguousarray(part[:, end:]).view(np.float32) for part in (cache, expected))
+        np.testing.assert_array_equal(got, expected)  # a NaN equals a NaN
+
+
 def test_the_rotation_is_that_of_transformers() -> None:
     torch = pytest.importorskip("torch")
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
@@ -94,7 +129,7 @@ def test_the_rotation_is_that_of_transformers() -> None:
         team(LEVELS[-1]),
         cpu.ROPE_KV,
         [qkv, cos_sin, cache, cache.copy(), None, None],
-        [2, 1, 64, 64, 16, cpu.F32],
+        [2, 1, 64, 64, 16, cpu.F32, 0, 0, cache[0].nbytes],
         num_tokens=12,
         num_seqs=1,
         positions=np.arange(12),

@@ -271,6 +271,50 @@ def test_results_depend_on_nothing_but_the_row() -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("threads", [2, 3])
+def test_rows_that_threads_share(level: str, threads: int) -> None:
+    """Fewer rows than threads, every option: by the model, and logprobs as of one thread."""
+    rng = np.random.default_rng(threads)
+    vocab = 5000
+    x = rng.normal(0, 2, (8, vocab)).astype(np.float32)
+    x[6:] = np.round(x[6:])  # ties
+    noise = {"temperature": 0.9, "seed": 77, "position": 3}
+    history = {"counts": rng.poisson(0.3, vocab), "prompt": rng.random(vocab) < 0.2, "repetition": 1.3}
+    rows: list[dict[str, Any]] = [
+        {},
+        noise,
+        noise | {"top_p": 0.8},
+        noise | {"top_k": 100, "top_p": 0.9},
+        noise | {"min_p": 0.1} | history,
+        noise | {"top_k": 20} | history,
+        noise | {"top_k": 700},
+        {"banned": [int(x[7].argmax())]} | history,
+    ]
+    for s, row in enumerate(rows):
+        reports = []
+        for count in (1, threads):
+            logprob, rank = np.zeros(1, np.float32), np.zeros(1, np.int32)
+            ids, logprobs = np.zeros((1, 30), np.int32), np.zeros((1, 30), np.float32)
+            report = {"logprob": logprob, "rank": rank, "top_ids": ids, "top_logprobs": logprobs}
+            tokens = draw(
+                team(level, count), x[s : s + 1], [row], num_logprobs=np.array([30], np.int32), **report
+            )
+            agree(x[s : s + 1], [row], tokens)
+            reports.append([a.tolist() for a in report.values()])
+        assert reports[0] == reports[1]
+
+
+def test_tokens_are_counted() -> None:
+    counts = np.zeros((2, 10), np.int32)
+    first, second = (row.ctypes.data for row in counts)
+    addresses = np.array([first, 0, second, first, first, second], np.uint64)
+    cpu.count_tokens(addresses, np.array([3, 3, 9, 3, -1, 10], np.int32), 10)
+    assert counts[0].tolist() == [0, 0, 0, 2] + [0] * 6 and counts[1].tolist() == [0] * 9 + [1]
+    with pytest.raises(ValueError, match="counts has 1 rows where 2 are needed"):
+        cpu.count_tokens(addresses[:1], np.zeros(2, np.int32), 10)
+
+
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("vocab", [5, 64, 3001])
 def test_logprobs_are_of_the_raw_distribution(level: str, vocab: int) -> None:
     rng = np.random.default_rng(vocab)
@@ -346,4 +390,6 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         cpu.sample(t, x.ctypes.data, 8, tokens, num_logprobs=tokens)
     with pytest.raises(ValueError, match="no logits"):
         cpu.sample(t, 0, 8, tokens)
+    with pytest.raises(ValueError, match="no sampling"):
+        cpu.sample_workspace(1, 0)
     cpu.sample(t, x.ctypes.data, 8, np.zeros(0, np.int32))

@@ -21,12 +21,10 @@ def test_chat(demo_gguf):
 
 
 def test_chat_conversation(demo_gguf):
-    done = asyncengine(
-        "chat", demo_gguf, "--max-tokens", "12", stdin="What is the capital of France?\n\nThanks!\n"
-    )
+    done = asyncengine("chat", demo_gguf, "--max-tokens", "12", stdin="What is 2+2?\n\nThanks!\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("> ") == 4
-    assert "Paris" in done.stdout
+    assert "4" in done.stdout
 
 
 def test_generate(demo_gguf):

@@ -11,13 +11,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from asyncengine.config import NgramSpeculation
 from asyncengine.errors import InvalidRequestError, QueueFullError
 from asyncengine.params import SamplingParams
 from asyncengine.scheduling.scheduler import Scheduler
 from asyncengine.scheduling.sequence import Sequence, State, noise_key
-from asyncengine.wire.plan import RELAY, SAMPLE
+from asyncengine.wire.plan import RELAY, SAMPLE, VERIFY
 
 from .model import EOS, VOCABULARY, Worker
+
+
+def speculation(count: int, most: int, least: int) -> NgramSpeculation:
+    return NgramSpeculation(num_speculative_tokens=count, prompt_lookup_max=most, prompt_lookup_min=least)
+
 
 STORY = [hash((7, i)) % VOCABULARY for i in range(64)]
 
@@ -37,6 +43,8 @@ class Simulation:
         caching: bool = True,
         policy: str = "fcfs",
         failures: bool = False,
+        lookup: tuple[int, int, int] | None = None,
+        waits: bool = True,
     ) -> None:
         self.scheduler = Scheduler(
             num_blocks=num_blocks,
@@ -48,11 +56,16 @@ class Simulation:
             enable_prefix_caching=caching,
             policy=policy,
             ageing=3.0,
+            speculation=None if lookup is None else speculation(*lookup),
         )
+        self.drafts = 0 if lookup is None else min(64, lookup[0] * max_num_seqs)
+        if lookup is not None and not waits:  # then rows miss steps instead
+            self.scheduler._cost.worth_waiting = lambda *args: False
         self.table, self.pool = self.scheduler._table, self.scheduler._pool
         self.worker = Worker(num_blocks, block_size)
         self.block_size, self.budget, self.depth, self.failures = block_size, budget, depth, failures
-        self.in_flight: deque[bytes] = deque()
+        self.in_flight: deque[tuple[bytes, set[Sequence]]] = deque()
+        self.verifying: set[Sequence] = set()
         self.live: list[Sequence] = []
         self.received: dict[Sequence, list[int]] = {}
         self.clock = 0.0
@@ -83,6 +96,7 @@ class Simulation:
 
     def plan(self, failing: frozenset[int] = frozenset(), details: bool = False) -> bool:
         before = {id(s) for s in self.table.running()}
+        self.verifying &= set(self.table.running())  # not who gave way
         plan = self.scheduler.plan()
         if plan is None:
             assert self.in_flight or not self.scheduler.has_work, "work is left and nothing moves"
@@ -92,6 +106,14 @@ class Simulation:
         running = self.table.running()
         assert [s.rank for s in running] == sorted(s.rank for s in running)
         assert sum(r.count for r in rows) <= self.budget
+        drafted = [r for r in rows if r.flags & VERIFY]
+        assert sum(r.count - 1 for r in drafted) <= self.drafts
+        # Who verifies knows all of its tokens, and has nothing else in flight.
+        owner = {s.slot: s for s in running}
+        assert not {owner[r.slot] for r in rows} & self.verifying
+        assert all(r.start == self.table.known_len(r.slot) - 1 for r in drafted)
+        verified = {owner[r.slot] for r in drafted}
+        self.verifying |= verified
         assert len(inits) == sum(id(s) not in before for s in running)
         for row in rows:
             blocks = self.table.blocks(row.slot)
@@ -99,18 +121,21 @@ class Simulation:
                 assert self.pool.refs(blocks[i]) == 1, "a shared block is written"
                 assert not self.pool.is_cached(blocks[i]), "a published block is written"
         # Plans are executed in order, so it makes no difference that this one is executed already.
-        self.in_flight.append(self.worker.execute(plan.data, plan.admitted, failing, details))
+        result = self.worker.execute(plan.data, plan.admitted, failing, details)
+        self.in_flight.append((result, verified))
         return True
 
     def commit(self) -> None:
         if not self.in_flight:
             return
-        commit = self.scheduler.commit(self.in_flight.popleft())
+        result, verified = self.in_flight.popleft()
+        self.verifying -= verified
+        commit = self.scheduler.commit(result)
         assert commit.device_us == 17
         for seq, token in zip(commit.progressed, commit.tokens, strict=True):
             self.received[seq].append(token)
-        for seq, logprobs in commit.logprobs:
-            assert logprobs.sampled == -float(commit.tokens[commit.progressed.index(seq)])
+        got = list(zip(commit.progressed, commit.tokens, strict=True))
+        assert not commit.logprobs or [(s, -int(found.sampled)) for s, found in commit.logprobs] == got
         for seq in commit.ended:
             self.finish(seq)
 
@@ -206,6 +231,8 @@ class Simulation:
     caching=st.booleans(),
     policy=st.sampled_from(["fcfs", "priority"]),
     failures=st.booleans(),
+    lookup=st.one_of(st.none(), st.sampled_from([(1, 1, 1), (3, 3, 2), (8, 4, 1), (64, 2, 2)])),
+    waits=st.booleans(),
 )
 def test_random_histories(data, **config):
     simulation = Simulation(**config)
@@ -220,10 +247,15 @@ SOAKS = [
     dict(block_size=4, num_blocks=200, max_num_seqs=8, budget=64, depth=2),
     dict(block_size=4, num_blocks=16, max_num_seqs=8, budget=64, depth=2, caching=False),
     dict(block_size=16, num_blocks=5, max_num_seqs=5, budget=20, depth=1, policy="priority"),
+    dict(block_size=1, num_blocks=62, max_num_seqs=6, budget=16, depth=3, lookup=(8, 3, 1), failures=True),
+    dict(block_size=2, num_blocks=31, max_num_seqs=8, budget=64, depth=2, lookup=(4, 2, 1), waits=False),
+    dict(
+        block_size=4, num_blocks=15, max_num_seqs=8, budget=64, depth=4, lookup=(8, 4, 2), policy="priority"
+    ),
 ]
 
 
-@pytest.mark.parametrize("config", SOAKS, ids=lambda c: f"block_size={c['block_size']}")
+@pytest.mark.parametrize("config", SOAKS, ids=lambda c: f"num_blocks={c['num_blocks']}")
 def test_long_histories(config):
     """Together with the random ones above and the pool's: well over 10^5 operations."""
     simulation = Simulation(**config)
@@ -232,6 +264,9 @@ def test_long_histories(config):
         simulation.run(generator.randbytes(4_000))
         simulation.drain()
     assert simulation.ended > 500
+    if "lookup" in config:
+        s = simulation.scheduler
+        assert 300 < s.num_accepted_tokens < s.num_draft_tokens - 300
     if config["num_blocks"] < 40:
         assert simulation.scheduler.num_preemptions > 20
     if config.get("caching", True):
@@ -248,7 +283,8 @@ def rows(simulation: Simulation) -> list[tuple[str, int, int, int]]:
         return []
     _, made, *_ = simulation.worker.parse(plan.data)
     owner = {s.slot: s for s in simulation.table.running()}
-    simulation.in_flight.append(simulation.worker.execute(plan.data, plan.admitted, set(), False))
+    result = simulation.worker.execute(plan.data, plan.admitted, set(), False)
+    simulation.in_flight.append((result, set()))
     return [(owner[r.slot].request_id, r.start, r.count, r.flags) for r in made]
 
 
@@ -356,7 +392,7 @@ def test_siblings_share_the_prompt(length):
     tables = [s.table.blocks(q.slot) for q in seqs]
     assert all(t[:shared] == tables[0][:shared] for t in tables)
     assert len({t[shared] for t in tables}) == 3
-    s.in_flight.append(s.worker.execute(plan.data, plan.admitted, set(), False))
+    s.in_flight.append((s.worker.execute(plan.data, plan.admitted, set(), False), set()))
     before = [q.noise for q in seqs]
     assert len(set(before)) == 3
     s.drain()
@@ -476,8 +512,8 @@ def test_results_must_answer_the_oldest_step():
     s.request([1, 2], ignore_eos=True)
     s.plan()
     s.plan()
-    good = s.in_flight[0]
-    for wrong in (b"", good[:31], good + b"\0", good[:-4], s.in_flight[1], b"\1" + good[1:]):
+    good = s.in_flight[0][0]
+    for wrong in (b"", good[:31], good + b"\0", good[:-4], s.in_flight[1][0], b"\1" + good[1:]):
         with pytest.raises(RuntimeError):
             s.scheduler.commit(wrong)
     s.scheduler.commit(memoryview(good))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from asyncengine.wire.plan import RELAY, SAMPLE, ResultDetails, SlotInit
+from asyncengine.wire.plan import RELAY, SAMPLE, VERIFY, ResultDetails, SlotInit
 
 
 def slot_init(slot, prompt_len, **fields):
@@ -31,6 +31,11 @@ class PlanBuilder:
 
     def inline(self, slot, start, tokens, sample):
         self.rows.append((slot, start, len(tokens), SAMPLE if sample else 0))
+        self.tokens += tokens
+
+    def verify(self, slot, start, tokens):
+        """Samples after every one of `tokens`."""
+        self.rows.append((slot, start, len(tokens), SAMPLE | VERIFY))
         self.tokens += tokens
 
     def encode(self):

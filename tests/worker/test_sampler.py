@@ -173,6 +173,43 @@ def test_non_finite_rows_fail_alone(team, fields):
     assert sorted(details.logprobs) == ([0, 2] if "logprobs" in fields else [])
 
 
+def test_head_modes_name_what_a_row_needs(team):
+    sampler = Sampler(team, 8, VOCAB)
+    fields = [
+        {},
+        {"temperature": 0.7, "top_k": 40},
+        {"temperature": 0.7, "top_k": 65},
+        {"temperature": 1.0},
+        {"logprobs": 0},
+        {"presence_penalty": 0.5, "history": [1]},
+        {"min_len": 9, "stop_ids": [5]},
+        {"temperature": 1e-6, "top_k": 30},
+    ]
+    for slot, rule in enumerate(fields):
+        sampler.enter(slot_init(slot, 1, **rule))
+    slots = np.array([0, 1, 2, 3, 4, 5, 6, 6, 7, 1], np.int32)
+    positions = np.array([5, 5, 5, 5, 5, 5, 8, 9, 5, 6], np.int32)
+    modes = sampler.head_modes(slots, positions)
+    assert modes.k.tolist() == [1, 40, -1, -1, -1, -1, -1, 1, 1, 40]
+    assert modes.temperature[[0, 1, 7, 8, 9]] == pytest.approx([1, 0.7, 1, 1, 0.7])
+    sampler.enter(slot_init(4, 1))
+    assert sampler.head_modes(slots, positions).k[4] == 1
+
+
+def test_a_slot_with_several_rows_counts_all_its_tokens(team):
+    bench = Bench(team)
+    bench.enter(0, [1, 2], 2, frequency_penalty=2.0)
+    logits = np.frombuffer(bench.memory, np.float32)[: 3 * VOCAB].reshape(3, VOCAB)
+    logits[:] = 0
+    logits[:, 7] = 3.0
+    tokens = np.zeros(3, np.int32)
+    slots, positions = np.zeros(3, np.int32), np.arange(2, 5, dtype=np.int32)
+    bench.sampler.draw(bench.memory.address, slots, positions, tokens)
+    assert tokens.tolist() == [7, 7, 7]
+    bench.sampler.draw(bench.memory.address, slots[:1], positions[:1], tokens[:1])
+    assert tokens[0] == 0  # 3 - 2 * 3 < 0
+
+
 def test_penalties_need_the_history(team):
     with pytest.raises(ValueError, match="no history"):
         Sampler(team, 1, VOCAB).enter(slot_init(0, 1, presence_penalty=1.0))

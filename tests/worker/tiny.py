@@ -48,8 +48,9 @@ def assert_greedy(model, ids, tokens):
 
 def worker_config(spec, weights, **fields):
     defaults = dict(
-        load_format="safetensors", device="cpu", dtype="float32", kv_dtype="float32", block_size=4,
-        max_model_len=160, max_num_seqs=8, max_num_batched_tokens=128, num_threads=2,
+        load_format="safetensors", device="cpu", dtype="float32", quantization=None, kv_dtype="float32",
+        block_size=4,
+        max_model_len=160, max_num_seqs=8, max_num_batched_tokens=128, max_num_samples=24, num_threads=2,
         enforce_eager=False, seed=0,
     )  # fmt: skip
     return WorkerConfig(spec=spec, weights=str(weights), **(defaults | fields))

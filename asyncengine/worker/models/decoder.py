@@ -26,7 +26,8 @@ class Decoder:
         self.embed = Embedding(table)
         self.layers = [_Layer(spec, shard, index) for index in range(spec.num_layers)]
         self.norm = _norm("model.norm.weight", spec.hidden_size)
-        self.head = Linear((table if spec.tie_embeddings else table._replace(name="lm_head.weight"),))
+        head = table if spec.tie_embeddings else table._replace(name="lm_head.weight")
+        self.head = Linear((head,), is_head=True)
 
     def parameters(self) -> Iterator[Parameter]:
         """All declarations, in the order of their use."""
@@ -39,13 +40,11 @@ class Decoder:
     def forward(self, ops: Ops[T]) -> T:
         """Logits of the rows that are sampled from, [samples, vocabulary]."""
         residual = ops.all_reduce(ops.embed(self.embed))
-        h = ops.rms_norm(residual, self.layers[0].input_norm)
         for index, layer in enumerate(self.layers):
-            h = ops.add_rms_norm(residual, layer.attention(ops, h, index), layer.mlp_norm)
-            following = self.layers[index + 1].input_norm if layer is not self.layers[-1] else self.norm
-            h = ops.add_rms_norm(residual, layer.mlp(ops, h), following)
-        logits = ops.linear(ops.select(h), self.head)
-        return ops.all_gather(logits, self.spec.vocab_size, self.vocab.start)
+            layer.attend(ops, residual, index)
+            layer.transform(ops, residual)
+        h = ops.rms_norm(ops.select(residual), self.norm)
+        return ops.head(h, self.head, self.spec.vocab_size, self.vocab.start)
 
 
 class _Layer:
@@ -77,18 +76,20 @@ class _Layer:
             spec.mlp_bias,
             (prefix + "mlp.gate_proj", spec.intermediate_size, features),
             (prefix + "mlp.up_proj", spec.intermediate_size, features),
+            is_gated=True,
         )
         self.down = _rows(
             prefix + "mlp.down_proj", hidden, spec.intermediate_size, features, spec.mlp_bias, shard
         )
 
-    def attention(self, ops: Ops[T], h: T, index: int) -> T:
-        qkv = ops.linear(h, self.qkv)
+    def attend(self, ops: Ops[T], residual: T, index: int) -> None:
+        qkv = ops.linear(ops.rms_norm(residual, self.input_norm), self.qkv)
         ops.rope_kv(qkv, index, self.q_norm, self.k_norm)
-        return ops.all_reduce(ops.linear(ops.attention(qkv, index, self.window), self.output))
+        ops.add_linear(residual, ops.attention(qkv, index, self.window), self.output)
 
-    def mlp(self, ops: Ops[T], h: T) -> T:
-        return ops.all_reduce(ops.linear(ops.silu_mul(ops.linear(h, self.gate_up)), self.down))
+    def transform(self, ops: Ops[T], residual: T) -> None:
+        h = ops.gated_linear(ops.rms_norm(residual, self.mlp_norm), self.gate_up)
+        ops.add_linear(residual, h, self.down)
 
     def parameters(self) -> Iterator[Parameter]:
         yield self.input_norm
@@ -106,11 +107,11 @@ def _norm(name: str, size: int) -> Vector:
     return Vector(Source(name, (size,), range(size)))
 
 
-def _columns(inputs: int, bias: bool, *parts: tuple[str, int, range]) -> Linear:
+def _columns(inputs: int, bias: bool, *parts: tuple[str, int, range], is_gated: bool = False) -> Linear:
     """Column parallel: every rank computes some of the outputs of each part (name, outputs, own)."""
     weights = tuple(Source(f"{name}.weight", (outputs, inputs), own) for name, outputs, own in parts)
     biases = tuple(Source(f"{name}.bias", (outputs,), own) for name, outputs, own in parts)
-    return Linear(weights, biases if bias else ())
+    return Linear(weights, biases if bias else (), is_gated=is_gated)
 
 
 def _rows(name: str, outputs: int, inputs: int, own: range, bias: bool, shard: Shard) -> Linear:

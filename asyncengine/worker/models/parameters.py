@@ -22,10 +22,14 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """`x @ weight.T + bias`; several sources are stacked by rows. The one kind that may be quantized."""
+    """`x @ weight.T + bias`; several sources are stacked by rows."""
 
     sources: tuple[Source, ...]
     biases: tuple[Source, ...] = ()
+    is_gated: bool = False
+    """Two sources of one shape, gate and up: a backend may store them side by side for `gated_linear`."""
+    is_head: bool = False
+    """Its outputs are logits."""
     in_features: int = field(init=False)
     out_features: int = field(init=False)
 

@@ -6,7 +6,16 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncengine._fast.cpu import Buffer, Comm, Program, Step, Team, attention_workspace
+from asyncengine._fast.cpu import (
+    OPERATION_BYTES,
+    Buffer,
+    Comm,
+    Program,
+    Step,
+    Team,
+    attention_workspace,
+    kv_block_bytes,
+)
 
 from ...checkpoint.sharding import Shard, comm_region_bytes
 from ...checkpoint.tensor import Checkpoint
@@ -14,18 +23,17 @@ from ...errors import ModelLoadError, OutOfMemoryError
 from ...wire.stages import WorkerConfig
 from ..batch import Batch
 from ..kv_cache import KVCache, KVLayout
-from ..load import load_weights
+from ..load import check_weights, fill
 from ..memory import available_bytes
 from ..models.decoder import Decoder
 from ..rope import cos_sin_table
-from .cpu import Handle, Placement, Recorder, StepMemory
-from .cpu_weights import ITEM_SIZES, CpuWeights
+from ..sampler import HeadModes
+from .cpu import KV_TYPES, Handle, Operation, Placement, Recorder, StepMemory
+from .cpu_weights import CpuWeights
 
 __all__ = ["CpuBackend"]
 
 _MAX_HEAD_DIM = 512
-_OPERATION_BYTES = 152
-"""sizeof(ae_op)"""
 
 
 class CpuBackend:
@@ -45,21 +53,23 @@ class CpuBackend:
         self.comm = (
             None if comm_fd is None else Comm(comm_fd, shard.rank, shard.world, comm_region_bytes(spec))
         )
-        self.kv_layout = KVLayout(
-            spec.num_layers, self._heads[1], config.block_size, spec.head_dim, ITEM_SIZES[config.kv_dtype]
-        )
+        piece = kv_block_bytes(KV_TYPES[config.kv_dtype], self._heads[1], config.block_size, spec.head_dim)
+        self.kv_layout = KVLayout(spec.num_layers, piece)
 
     def load(self, checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> int:
         """Packs the weights; the bytes they take on this rank. OutOfMemoryError if they cannot fit."""
+        config, parameters = self._config, list(self._model.parameters())
+        sizes = check_weights(self._model, checkpoint)
         free = available_bytes()
-        self._weights = CpuWeights(self.team, self._model.parameters(), self._config.dtype)
+        self._weights = CpuWeights(self.team, parameters, checkpoint, config.dtype, config.quantization)
         if self._weights.nbytes > free:
             # The mapping itself costs nothing; filling it would call for the kernel's OOM killer.
             raise OutOfMemoryError(
-                f"the weights take {self._weights.nbytes:,} bytes as {self._config.dtype} on each rank, and"
-                f" {free:,} are free; use a dtype of 2 bytes, a smaller model, or free memory"
+                f"the weights take {self._weights.nbytes:,} bytes as {config.quantization or config.dtype} on"
+                f" each rank, and {free:,} are free; use quantization='int8' or 'int4', a smaller model, or"
+                " free memory"
             )
-        load_weights(self._model, checkpoint, self._weights, progress)
+        fill(self._weights, parameters, checkpoint, sizes, progress)
         return self._weights.nbytes
 
     def step_bytes(self) -> int:
@@ -83,8 +93,13 @@ class CpuBackend:
         """Records the step program over `batch`'s arrays; the number of its operations, and their bytes."""
         self._activations = Buffer(self.step_bytes() - self._rope.nbytes)
         recorder, self._logits = self._record(StepMemory(self._activations.address), self.cache.addresses)
+        self.operations: list[Operation] = recorder.operations
+        self.best = recorder.best
+        """Address of what the head keeps of rows that it does not store; 0: it stores all."""
+        self._head_k = np.full(self._config.max_num_samples, -1, np.int32)
+        self._head_temperature = np.ones(self._config.max_num_samples, np.float32)
         self._program = Program(self.team)
-        for operation in recorder.operations:
+        for operation in self.operations:
             self._program.add(*operation)
         self._step = Step(
             token_ids=batch.token_ids.data,
@@ -95,12 +110,18 @@ class CpuBackend:
             row_slot=batch.row_slot.data,
             block_table=batch.block_table.data,
             sample_rows=batch.sample_rows.data,
+            head_k=self._head_k.data,
+            head_temperature=self._head_temperature.data,
         )
-        return len(self._program), _OPERATION_BYTES * len(self._program)
+        return len(self._program), OPERATION_BYTES * len(self._program)
 
-    def run(self, batch: Batch) -> int:
-        """Computes the step that `batch` has prepared; the address of its logits [samples, vocabulary]."""
-        self._step.set_counts(batch.num_tokens, batch.num_rows, batch.num_samples)
+    def run(self, batch: Batch, modes: HeadModes) -> int:
+        """Computes the step that `batch` has prepared; the address of its logits [samples, vocabulary], of
+        which `modes` tells the rows that are stored."""
+        samples = batch.num_samples
+        self._head_k[:samples] = modes.k
+        self._head_temperature[:samples] = modes.temperature
+        self._step.set_counts(batch.num_tokens, batch.num_rows, samples)
         if self._config.enforce_eager:
             for index in range(len(self._program)):
                 self._program.run_op(index, self._step)
@@ -110,8 +131,8 @@ class CpuBackend:
 
     @property
     def logits(self) -> NDArray[np.float32]:
-        """The buffer of the step's logits, [max_num_seqs, vocabulary]."""
-        shape = (self._config.max_num_seqs, self._logits.width)
+        """The buffer of the step's logits, [max_num_samples, vocabulary]."""
+        shape = (self._config.max_num_samples, self._logits.width)
         offset = self._logits.address - self._activations.address
         values = np.frombuffer(memoryview(self._activations), np.float32, math.prod(shape), offset)
         return values.reshape(shape)
@@ -124,16 +145,21 @@ class CpuBackend:
             spec=config.spec,
             heads=self._heads,
             max_tokens=config.max_num_batched_tokens,
-            max_samples=config.max_num_seqs,
+            max_samples=config.max_num_samples,
             weights=self._weights,
             rope=self._rope.ctypes.data,
             block_size=config.block_size,
             kv_dtype=config.kv_dtype,
             kv_addresses=kv_addresses,
+            kv_stride=self.kv_layout.bytes_per_block,
             comm=0 if self.comm is None else self.comm.address,
+            rank=0 if self.comm is None else self.comm.rank,
+            num_threads=config.num_threads,
             workspace_bytes=attention_workspace(
                 config.num_threads, *self._heads, config.spec.head_dim, config.max_model_len
             ),
         )
         recorder = Recorder(place, memory)
-        return recorder, self._model.forward(recorder)
+        logits = self._model.forward(recorder)
+        recorder.finish(logits)
+        return recorder, logits

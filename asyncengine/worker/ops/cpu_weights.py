@@ -1,74 +1,137 @@
 """Weights as the CPU kernels read them: linears packed, all in one mapping with large pages."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from asyncengine._fast.cpu import Buffer, Team, convert, pack_linear, packed_bytes
+from asyncengine._fast.cpu import PANEL, Buffer, Team, convert, pack_linear, packed_bytes
 
 from ...checkpoint.spec import DType
-from ...checkpoint.tensor import TensorView
+from ...checkpoint.tensor import Checkpoint, TensorView
 from ..models.parameters import Embedding, Linear, Parameter, Source, Vector
+from .cpu import Packed
+from .weight_format import WeightFormat, choose_format
 
-__all__ = ["ITEM_SIZES", "CpuWeights"]
+__all__ = ["CpuWeights"]
 
-ITEM_SIZES: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _ALIGNMENT = 64
 
 
 class CpuWeights:
-    """All parameters of a rank. Sources are converted straight from the mapped file, row by row."""
+    """All parameters of a rank. Sources are converted straight from the mapped file, row by row.
 
-    def __init__(self, team: Team, parameters: Iterable[Parameter], dtype: DType) -> None:
-        self.dtype = dtype
+    A table that the head shares is stored once, as the head.
+    """
+
+    def __init__(
+        self,
+        team: Team,
+        parameters: Sequence[Parameter],
+        checkpoint: Checkpoint,
+        dtype: DType,
+        quantization: str | None,
+    ) -> None:
         self._team = team
+        self._formats = {
+            p: choose_format(p, quantization, dtype, lambda name: checkpoint.tensor(name).dtype)
+            for p in parameters
+            if not isinstance(p, Vector)
+        }
+        self.group = max(format.group for format in self._formats.values())
+        """Group size of quantized rows; all quantized weights of a model have the same. 0: there are none."""
+        heads = {p.sources: p for p in parameters if isinstance(p, Linear) and p.is_head}
+        self._shared = {
+            p: heads[(p.source,)] for p in parameters if isinstance(p, Embedding) and (p.source,) in heads
+        }
         self._offsets: dict[Parameter, int] = {}
         self._bias_offsets: dict[Linear, int] = {}
         self.nbytes = 0
         for parameter in parameters:
+            if parameter in self._shared:
+                continue
             self._offsets[parameter] = self._reserve(self._size(parameter))
             if isinstance(parameter, Linear) and any(len(bias.rows) for bias in parameter.biases):
-                self._bias_offsets[parameter] = self._reserve(4 * parameter.out_features)
+                self._bias_offsets[parameter] = self._reserve(4 * _packed_rows(parameter))
         self._memory = Buffer(self.nbytes)
 
-    def address(self, parameter: Parameter) -> int:
-        return self._memory.address + self._offsets[parameter]
+    def vector(self, parameter: Vector) -> int:
+        return self._address(parameter)
 
-    def bias(self, parameter: Linear) -> int:
-        offset = self._bias_offsets.get(parameter)
-        return 0 if offset is None else self._memory.address + offset
+    def packed(self, parameter: Embedding | Linear) -> Packed:
+        if isinstance(parameter, Embedding) and parameter in self._shared:
+            return self.packed(self._shared[parameter])._replace(bias=0)
+        bias = self._bias_offsets.get(parameter) if isinstance(parameter, Linear) else None
+        return Packed(
+            self._address(parameter),
+            self._formats[parameter],
+            0 if bias is None else self._memory.address + bias,
+            self._in_panels(parameter),
+        )
 
     def put(self, parameter: Parameter, tensor: Callable[[str], TensorView]) -> None:
-        if isinstance(parameter, Embedding):
-            self._convert(tensor, parameter.source, self.address(parameter), self.dtype)
-        elif isinstance(parameter, Vector):
-            self._convert(tensor, parameter.source, self.address(parameter), "float32")
+        """Takes this rank's part of `parameter`."""
+        if parameter in self._shared:
+            return
+        if isinstance(parameter, Vector):
+            self._convert(tensor, parameter.source, self._address(parameter), "F32")
+        elif not self._in_panels(parameter):
+            assert isinstance(parameter, Embedding)
+            self._convert(tensor, parameter.source, self._address(parameter), self._formats[parameter].dtype)
         else:
-            row = 0
-            for source in parameter.sources:
-                stored, data, width, columns = _part(source, tensor(source.name))
-                pack_linear(
-                    self._team,
-                    stored,
-                    data,
-                    len(source.rows),
-                    width,
-                    self.address(parameter),
-                    _NAMES[self.dtype],
-                    row,
-                    col_start=columns.start,
-                    col_stop=columns.stop,
-                )
-                row += len(source.rows)
-            target = self.bias(parameter)
-            for source in parameter.biases if target else ():
-                self._convert(tensor, source, target, "float32")
-                target += 4 * len(source.rows)
+            sources = parameter.sources if isinstance(parameter, Linear) else (parameter.source,)
+            self._pack(
+                tensor, sources, self._address(parameter), self._formats[parameter], _is_gated(parameter)
+            )
+            if parameter in self._bias_offsets:
+                assert isinstance(parameter, Linear)
+                self._put_bias(tensor, parameter)
 
-    def _convert(
-        self, tensor: Callable[[str], TensorView], source: Source, target: int, dtype: DType
+    def _pack(
+        self,
+        tensor: Callable[[str], TensorView],
+        sources: Iterable[Source],
+        target: int,
+        format: WeightFormat,
+        is_gated: bool,
     ) -> None:
+        row = 0
+        for index, source in enumerate(sources):
+            stored, data, width, columns = _part(source, tensor(source.name))
+            pack_linear(
+                self._team,
+                stored,
+                data,
+                len(source.rows),
+                width,
+                target,
+                format.dtype,
+                0 if is_gated else row,
+                group=format.group,
+                minimum=format.minimum,
+                col_start=columns.start,
+                col_stop=columns.stop,
+                panel_stride=2 if is_gated else 1,
+                panel_offset=index if is_gated else 0,
+            )
+            row += len(source.rows)
+
+    def _put_bias(self, tensor: Callable[[str], TensorView], parameter: Linear) -> None:
+        target = self._memory.address + self._bias_offsets[parameter]
+        if not parameter.is_gated:
+            for source in parameter.biases:
+                self._convert(tensor, source, target, "F32")
+                target += 4 * len(source.rows)
+            return
+        # In the order of the panels: as the weight's rows.
+        halves = Buffer(4 * _packed_rows(parameter))
+        values = np.frombuffer(memoryview(halves), np.float32).reshape(2, -1, PANEL)
+        for source, half in zip(parameter.biases, values, strict=True):
+            self._convert(tensor, source, half.ctypes.data, "F32")
+        offset = self._bias_offsets[parameter]
+        placed = np.frombuffer(memoryview(self._memory), np.float32, values.size, offset)
+        placed.reshape(-1, 2, PANEL)[:] = values.swapaxes(0, 1)
+
+    def _convert(self, tensor: Callable[[str], TensorView], source: Source, target: int, dtype: str) -> None:
         stored, data, width, columns = _part(source, tensor(source.name))
         convert(
             self._team,
@@ -77,22 +140,45 @@ class CpuWeights:
             len(source.rows) if len(source.shape) == 2 else 1,
             width,
             target,
-            _NAMES[dtype],
+            dtype,
             col_start=columns.start,
             col_stop=columns.stop,
         )
 
+    def _in_panels(self, parameter: Embedding | Linear) -> bool:
+        """Plain tables lie in rows, which are read whole; all else in panels."""
+        return isinstance(parameter, Linear) or self._formats[parameter].group > 0
+
+    def _address(self, parameter: Parameter) -> int:
+        return self._memory.address + self._offsets[parameter]
+
     def _size(self, parameter: Parameter) -> int:
+        if isinstance(parameter, Vector):
+            return 4 * parameter.size
+        format = self._formats[parameter]
         if isinstance(parameter, Linear):
-            return packed_bytes(parameter.out_features, parameter.in_features, _NAMES[self.dtype])
-        if isinstance(parameter, Embedding):
-            return ITEM_SIZES[self.dtype] * parameter.width * len(parameter.source.rows)
-        return 4 * parameter.size
+            rows, columns = _packed_rows(parameter), parameter.in_features
+        else:
+            rows, columns = len(parameter.source.rows), parameter.width
+        if not self._in_panels(parameter):
+            return rows * columns * (4 if format.dtype == "F32" else 2)
+        return packed_bytes(rows, columns, format.dtype, format.group, format.minimum)
 
     def _reserve(self, nbytes: int) -> int:
         offset = self.nbytes
         self.nbytes += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         return offset
+
+
+def _is_gated(parameter: Embedding | Linear) -> bool:
+    return isinstance(parameter, Linear) and parameter.is_gated
+
+
+def _packed_rows(parameter: Linear) -> int:
+    """Rows with the padding between the halves of a gated pair, each of which fills its panels."""
+    if not parameter.is_gated:
+        return parameter.out_features
+    return 2 * (-(-parameter.out_features // 2 // PANEL) * PANEL)
 
 
 def _readable(view: TensorView) -> TensorView:

@@ -26,12 +26,16 @@ class Ops(Protocol[T]):
         """`x / sqrt(mean(x^2) + eps) * weight`"""
         ...
 
-    def add_rms_norm(self, residual: T, x: T, weight: Vector) -> T:
-        """`residual += x`, then the norm of the residual."""
-        ...
-
     def linear(self, x: T, weight: Linear) -> T:
         """`x @ weight.T + bias`"""
+        ...
+
+    def add_linear(self, residual: T, x: T, weight: Linear) -> None:
+        """`residual += x @ weight.T + bias`, where every rank has some of the inputs: their sum."""
+        ...
+
+    def gated_linear(self, x: T, weight: Linear) -> T:
+        """`silu(gate) * up` of the two halves of `x @ weight.T + bias`, gate first. [rows, N / 2]"""
         ...
 
     def rope_kv(self, qkv: T, layer: int, q_norm: Vector | None, k_norm: Vector | None) -> None:
@@ -44,10 +48,6 @@ class Ops(Protocol[T]):
         positions (0: all). [tokens, Hq D]"""
         ...
 
-    def silu_mul(self, gate_up: T) -> T:
-        """`silu(gate) * up` of [rows, 2 I], gate first. [rows, I]"""
-        ...
-
     def select(self, x: T) -> T:
         """The rows that are sampled from. [samples, H]"""
         ...
@@ -56,6 +56,7 @@ class Ops(Protocol[T]):
         """The sum over all ranks, on every rank; in place."""
         ...
 
-    def all_gather(self, x: T, width: int, first: int) -> T:
-        """The ranks' columns side by side, `width` in all; this rank's begin at `first`."""
+    def head(self, x: T, weight: Linear, width: int, first: int) -> T:
+        """The logits of all ranks, `width` columns, of which this rank computes those from `first` on. A
+        backend may keep less of rows of which a step needs less. [samples, width]"""
         ...

@@ -1,0 +1,97 @@
+/* See peak.h. A round of arithmetic is an outer product of PEAK_A by PEAK_B registers: enough independent
+ * sums to hide the latency, and no product that could be shared or moved out of the loop. */
+#pragma once
+#include "peak.h"
+#include "simd_int.h"
+
+#if defined(AE_LEVEL_AVX512)
+#define PEAK_A 4
+#define PEAK_B 4
+#else
+#define PEAK_A 2
+#define PEAK_B 4
+#endif
+
+/* The operands could be others in every round, as far as the compiler knows. */
+#define PEAK_TOUCH(x) __asm__ volatile("" : "+m"(x))
+/* A copy, so that the sum itself may live in a register. */
+#define PEAK_KEEP(x)                          \
+    do {                                      \
+        __typeof__(x) kept = (x);             \
+        __asm__ volatile("" ::"m"(kept));     \
+    } while (0)
+#define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)
+
+/* ZERO, A, B: initial values; STEP(sum, a, b). Returns the number of STEPs. */
+#define PEAK_LOOP(SUM_TYPE, A_TYPE, B_TYPE, ZERO, A, B, STEP)                      \
+    SUM_TYPE sum[PEAK_A][PEAK_B];                                                  \
+    A_TYPE a_source[PEAK_A], a[PEAK_A];                                            \
+    B_TYPE b_source[PEAK_B];                                                       \
+    EACH(i, PEAK_A) a_source[i] = A;                                               \
+    EACH(j, PEAK_B) b_source[j] = B;                                               \
+    EACH(i, PEAK_A) EACH(j, PEAK_B) sum[i][j] = ZERO;                              \
+    for (int64_t r = 0; r < repeats; r++) {                                        \
+        PEAK_TOUCH(a_source);                                                      \
+        PEAK_TOUCH(b_source);                                                      \
+        EACH(i, PEAK_A) a[i] = a_source[i];                                        \
+        EACH(j, PEAK_B) {                                                          \
+            const B_TYPE b = b_source[j];                                          \
+            EACH(i, PEAK_A) sum[i][j] = STEP(sum[i][j], a[i], b);                  \
+        }                                                                          \
+    }                                                                              \
+    EACH(i, PEAK_A) EACH(j, PEAK_B) PEAK_KEEP(sum[i][j]);                          \
+    return (double)repeats * PEAK_A * PEAK_B
+
+static double peak_f32(int64_t repeats) {
+#define STEP(sum, a, b) vf_fma(a, b, sum)
+    PEAK_LOOP(vf, vf, vf, vf_zero(), vf_set(0.5f), vf_set(1.0f), STEP) * (2 * W);
+#undef STEP
+}
+
+#if defined(AE_LEVEL_AVX512BF16)
+static double peak_bf16(int64_t repeats) {
+#define STEP(sum, a, b) _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
+    PEAK_LOOP(vf, vi, vi, vf_zero(), vi_set(0x3F003F00), vi_set(0x3F803F80), STEP) * (4 * W);
+#undef STEP
+}
+#else
+/* Widened to float32, which costs more than nothing; the multiplications alone set the bound. */
+static double peak_bf16(int64_t repeats) { return peak_f32(repeats); }
+#endif
+
+static double peak_int8(int64_t repeats) {
+#define STEP(sum, a, b) dot(sum, a, b)
+    PEAK_LOOP(vi, codes, signed4, vi_set(0), codes_of(vi_set(0x01020304)), signed4_set(0x01FF02FE), STEP) * (8 * W);
+#undef STEP
+}
+
+static double peak_read(const ae_peak *peak, const ae_thread *thread) {
+    int64_t lo, hi;
+    ae_share(thread, peak->bytes, 4096, &lo, &hi);
+    vf sum[4];
+    EACH(i, 4) sum[i] = vf_zero();
+    for (const char *p = peak->data + lo, *end = peak->data + hi; p < end; p += 256) {
+        EACH(i, 4) __builtin_prefetch(p + 4096 + 64 * i);
+        for (int j = 0; j < 256; j += 16 * W)
+            EACH(i, 4) sum[i] = vf_add(sum[i], vf_load((const float *)(p + j + 4 * W * i)));
+    }
+    EACH(i, 4) PEAK_KEEP(sum[i]);
+    return (double)(hi - lo);
+}
+
+static void k_peak(const ae_peak *peak, const ae_thread *thread) {
+    double *done = peak->done + (int64_t)AE_PEAK_STRIDE * thread->tid;
+    switch (peak->kind) {
+    case AE_PEAK_READ: *done = peak_read(peak, thread); break;
+    case AE_PEAK_F32: *done = peak_f32(peak->repeats); break;
+    case AE_PEAK_BF16: *done = peak_bf16(peak->repeats); break;
+    default: *done = peak_int8(peak->repeats);
+    }
+}
+
+#undef EACH
+#undef PEAK_A
+#undef PEAK_B
+#undef PEAK_TOUCH
+#undef PEAK_KEEP
+#undef PEAK_LOOP

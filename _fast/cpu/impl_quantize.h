@@ -1,0 +1,126 @@
+/* float32 rows to quantized rows (quantized.h). A group is rounded by itself: whoever computes whole groups
+ * of a row may write them. */
+#pragma once
+#include "quantized.h"
+#include "simd.h"
+
+/* Below this the reciprocal of the scale would overflow; such a group counts as zeros. */
+#define LEAST_PEAK 0x1p-120f
+#define INFINITE_BITS 0x7F800000
+
+/* The bits of |x| order like the numbers, infinity and NaN above all. */
+#if defined(AE_LEVEL_AVX512)
+AE_INLINE vi peak_zero(void) { return _mm512_setzero_si512(); }
+AE_INLINE vi peak_max(vi peak, vf x) {
+    return _mm512_max_epi32(peak, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF)));
+}
+AE_INLINE int32_t peak_of(vi peak) { return _mm512_reduce_max_epi32(peak); }
+AE_INLINE vi to_codes(vf x) { return _mm512_cvtps_epi32(x); }
+AE_INLINE void store_codes(int8_t *q, vi codes) { _mm_storeu_si128((__m128i *)q, _mm512_cvtepi32_epi8(codes)); }
+AE_INLINE vi codes_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+AE_INLINE int32_t codes_sum(vi a) { return _mm512_reduce_add_epi32(a); }
+#elif defined(AE_LEVEL_AVX2)
+AE_INLINE vi peak_zero(void) { return _mm256_setzero_si256(); }
+AE_INLINE vi peak_max(vi peak, vf x) {
+    return _mm256_max_epi32(peak, _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7FFFFFFF)));
+}
+AE_INLINE int32_t peak_of(vi peak) {
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(peak), _mm256_extracti128_si256(peak, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4E));
+    return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xB1)));
+}
+AE_INLINE vi to_codes(vf x) { return _mm256_cvtps_epi32(x); }
+AE_INLINE void store_codes(int8_t *q, vi codes) {
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+    _mm_storel_epi64((__m128i *)q, _mm_packs_epi16(words, words));
+}
+AE_INLINE vi codes_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+AE_INLINE int32_t codes_sum(vi a) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
+}
+#else
+AE_INLINE vi peak_zero(void) { return (vi){0}; }
+AE_INLINE vi peak_max(vi peak, vf x) {
+    vi bits = (vi)x & 0x7FFFFFFF, more = bits > peak;
+    return (bits & more) | (peak & ~more);
+}
+AE_INLINE int32_t peak_of(vi peak) {
+    int32_t a = peak[0] > peak[1] ? peak[0] : peak[1], b = peak[2] > peak[3] ? peak[2] : peak[3];
+    return a > b ? a : b;
+}
+AE_INLINE vi to_codes(vf x) { return __builtin_convertvector(vf_round(x), vi); }
+AE_INLINE void store_codes(int8_t *q, vi codes) {
+    for (int i = 0; i < W; i++) q[i] = (int8_t)codes[i];
+}
+AE_INLINE vi codes_add(vi a, vi b) { return a + b; }
+AE_INLINE int32_t codes_sum(vi a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+#endif
+
+/* n values of a group as `group` codes. */
+AE_INLINE void quantize_group(int8_t *q, float *scale, int32_t *sum, const float *x, int64_t n, const int group) {
+#define GROUP_VECTOR(i) \
+    (n - (i) >= W ? vf_load(x + (i)) : n - (i) > 0 ? vf_load_n(x + (i), (int)(n - (i))) : vf_zero())
+    vi peaks = peak_zero(), sums = peak_zero();
+    for (int i = 0; i < group; i += W) peaks = peak_max(peaks, GROUP_VECTOR(i));
+    const int32_t bits = peak_of(peaks);
+    const float peak = ae_bits_f32((uint32_t)bits);
+    if (bits >= INFINITE_BITS || peak < LEAST_PEAK) {
+        memset(q, 0, (size_t)group);
+        *scale = bits >= INFINITE_BITS ? NAN : 0.0f;
+        *sum = 0;
+        return;
+    }
+    const vf inverse = vf_set(127.0f / peak);
+    for (int i = 0; i < group; i += W) {
+        vi codes = to_codes(vf_mul(GROUP_VECTOR(i), inverse));
+        store_codes(q + i, codes);
+        sums = codes_add(sums, codes);
+    }
+    *scale = peak / 127.0f;
+    *sum = codes_sum(sums);
+#undef GROUP_VECTOR
+}
+
+AE_INLINE void quantize_run(int8_t *row8, const float *x, int64_t k, int64_t begin, int64_t end, const int group) {
+    float *scales = ae_row8_scales(row8, k, group);
+    int32_t *sums = ae_row8_sums(row8, k, group);
+    int64_t at = begin, g = begin / group;
+    for (; at + group <= end; at += group, g++)
+        quantize_group(row8 + at, scales + g, sums + g, x + at - begin, group, group);
+    if (at < end) quantize_group(row8 + at, scales + g, sums + g, x + at - begin, end - at, group);
+}
+
+/* Columns [begin, end) of a row of k columns, whole groups (the row's last one may be short). `row8` is the
+ * start of the row, `x` the value of column `begin`. */
+static inline void quantize_groups(int8_t *row8, const float *x, int64_t k, int64_t group, int64_t begin,
+                                   int64_t end) {
+    if (group == 32)
+        quantize_run(row8, x, k, begin, end, 32);
+    else if (group == 64)
+        quantize_run(row8, x, k, begin, end, 64);
+    else
+        quantize_run(row8, x, k, begin, end, 128);
+}
+
+static inline void quantize_row(int8_t *row8, const float *x, int64_t k, int64_t group) {
+    quantize_groups(row8, x, k, group, 0, k);
+}
+
+static void k_quantize(const ae_op *op, const ae_step *step, const ae_thread *thread) {
+    enum { CHUNK = 2048 };
+    const int64_t k = op->n[0], group = op->n[3], chunks = (k + CHUNK - 1) / CHUNK;
+    const int64_t bytes = ae_row8_bytes(k, group);
+    int64_t lo, hi;
+    ae_share(thread, ae_rows_of(op, step) * chunks, 1, &lo, &hi);
+    for (int64_t unit = lo; unit < hi; unit++) {
+        const int64_t m = unit / chunks, begin = unit % chunks * CHUNK;
+        const int64_t end = begin + CHUNK < k ? begin + CHUNK : k;
+        quantize_groups((int8_t *)op->p[4] + m * bytes, (const float *)op->p[1] + m * k + begin, k, group, begin,
+                        end);
+    }
+}
+
+#undef LEAST_PEAK
+#undef INFINITE_BITS

@@ -1,0 +1,46 @@
+/* One row of a packed weight as floats: embedding tables that share the head's memory. */
+#pragma once
+#include "pack.h"
+#include "simd.h"
+
+AE_INLINE float unpacked(const void *p, int type) {
+    uint16_t h;
+    if (type == AE_F32) return *(const float *)p;
+    memcpy(&h, p, 2);
+    return type == AE_BF16 ? ae_bf16_to_f32(h) : ae_f16_to_f32(h);
+}
+
+static void unpack_quantized(float *out, const char *part, int lane, int64_t k, int type, int64_t group,
+                             int minimum) {
+    const int64_t group_bytes = ae_group_bytes(type, group, minimum), step = type == AE_Q8 ? 4 : 8;
+    for (int64_t begin = 0; begin < k; begin += group, part += group_bytes) {
+        const int64_t n = k - begin < group ? k - begin : group;
+        const float d = unpacked(part + lane * 2, AE_F16);
+        const float m = minimum ? unpacked(part + 64 + lane * 2, AE_F16) : (type == AE_Q8 ? -128 : -8) * d;
+        const uint8_t *q = (const uint8_t *)part + (minimum ? 128 : 64) + lane * 4;
+        for (int64_t i = 0; i < n; i += step, q += AE_PANEL * 4) {
+            float w[8];
+            for (int j = 0; j < 4; j++) {
+                w[j] = d * (float)(type == AE_Q8 ? q[j] : q[j] & 15) + m;
+                w[4 + j] = d * (float)(q[j] >> 4) + m;
+            }
+            memcpy(out + begin + i, w, (size_t)(n - i < step ? n - i : step) * sizeof *w);
+        }
+    }
+}
+
+/* out[k] = row `row` of a packed [_, k] weight. */
+static void unpack_row(float *out, const char *weight, int64_t row, int64_t k, int type, int64_t group,
+                       int minimum) {
+    const char *panel = weight + row / AE_PANEL * ae_panel_bytes(k, type, group, minimum);
+    const int64_t lane = row % AE_PANEL;
+    if (type == AE_Q8 || type == AE_Q4) {
+        unpack_quantized(out, panel, (int)lane, k, type, group, minimum);
+    } else if (type == AE_BF16) {
+        for (int64_t i = 0; i < k; i++)
+            out[i] = unpacked(panel + ((i / 2 * AE_PANEL + lane) * 2 + i % 2) * 2, AE_BF16);
+    } else {
+        const int64_t size = type == AE_F32 ? 4 : 2;
+        for (int64_t i = 0; i < k; i++) out[i] = unpacked(panel + (i * AE_PANEL + lane) * size, type);
+    }
+}

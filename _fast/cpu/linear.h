@@ -1,0 +1,17 @@
+/* A linear layer as the chunk kernels see it (impl_gemm.h for float weights, impl_quantized.h for integers). */
+#pragma once
+#include "cpu.h"
+#include "pack.h"
+#include "quantized.h"
+
+typedef struct linear {
+    const char *x;      /* [m, k] float32, or quantized rows for quantized weights */
+    const char *weight; /* [n, k], packed */
+    const float *bias;  /* [n], or NULL; added by the frame, not by the chunk kernels */
+    int64_t m, n, k;
+    int64_t group; /* of quantized weights */
+    int type, minimum;
+    int64_t panels; /* of 32 columns: n rounded up, for a gated pair each half of n rounded up */
+} linear;
+
+static inline int ae_is_quantized(const linear *l) { return l->type == AE_Q8 || l->type == AE_Q4; }

@@ -1,0 +1,201 @@
+/* Packing of quantized weights (quantized.h). The scales of a source that is coded in groups are kept and its
+ * codes come back exactly; other weights get scales of their own:
+ *     8 bits    d = max|w| / 127, symmetric
+ *     4 bits    the d (and m) of least squared error, over several ranges from which outliers fall out, each
+ *               with its codes' least-squares fit
+ * A group that holds a NaN or an infinity has a NaN as its scale.
+ */
+#include "half.h"
+#include "pack.h"
+#include "simd.h"
+
+#define CHUNK 256
+#define MAX_GROUP 128
+#define NOT_FINITE 0x7E00
+/* Candidates for the range of 4-bit codes: the whole one, and smaller by this share of it each time. */
+#define RANGES 10
+#define SHRINK 0.035f
+
+typedef struct coded {
+    uint8_t q[MAX_GROUP];
+    uint16_t d, m;
+} coded;
+
+typedef struct range {
+    float low, high, peak; /* peak: the value of largest magnitude */
+} range;
+
+/* x is padded to whole vectors with its own last value; NaNs and infinities give an infinite range. */
+static range range_of(const float *x, int64_t n) {
+    vf low = vf_load(x), high = low, bad = vf_zero();
+    for (int64_t i = 0; i < n; i += W) {
+        vf v = vf_load(x + i);
+        low = vf_min(low, v);
+        high = vf_max(high, v);
+        bad = vf_fma(v, vf_zero(), bad);
+    }
+    range r = {-vf_hmax(vf_sub(vf_zero(), low)), vf_hmax(high), 0};
+    if (vf_sum(bad) != 0) r.low = -INFINITY, r.high = INFINITY;
+    r.peak = -r.low > r.high ? r.low : r.high;
+    return r;
+}
+
+/* Codes (x - minimum) / scale, rounded and limited to [0, most]. */
+static void encode(coded *c, const float *x, int64_t n, float scale, float minimum, int most) {
+    const vf inverse = vf_set(scale != 0 ? 1 / scale : 0), first = vf_set(minimum), last = vf_set((float)most);
+    for (int64_t i = 0; i < n; i += W) {
+        vf q = vf_round(vf_mul(vf_sub(vf_load(x + i), first), inverse));
+        q = vf_min(vf_max(q, vf_zero()), last); /* in this order a NaN becomes 0 */
+        for (int j = 0; j < W; j++) c->q[i + j] = (uint8_t)q[j];
+    }
+}
+
+/* The scale and minimum are rounded to half precision, and the codes fitted to what remains of them. */
+static void finish(coded *c, const float *x, int64_t n, float scale, float minimum, int most) {
+    c->d = ae_f32_to_f16(scale);
+    c->m = ae_f32_to_f16(minimum);
+    encode(c, x, n, ae_f16_to_f32(c->d), ae_f16_to_f32(c->m), most);
+}
+
+/* Without a minimum of its own a group's lowest code stands for -zero * scale. */
+static void finish_symmetric(coded *c, const float *x, int64_t n, float scale, int zero) {
+    const float d = ae_f16_to_f32(ae_f32_to_f16(scale));
+    finish(c, x, n, d, -(float)zero * d, 2 * zero - 1);
+}
+
+/* Sums over a group's codes l in [first, first + 15] of x / scale: what least squares needs. */
+typedef struct moments {
+    float l, ll, xl;
+} moments;
+
+static moments moments_of(const float *x, int64_t n, float scale, float minimum, float first) {
+    const vf inverse = vf_set(1 / scale), least = vf_set(first), most = vf_set(first + 15);
+    const vf shift = vf_set(-minimum / scale);
+    vf l = vf_zero(), ll = vf_zero(), xl = vf_zero();
+    for (int64_t i = 0; i < n; i += W) {
+        const vf v = vf_load(x + i);
+        const vf q = vf_max(least, vf_min(most, vf_round(vf_fma(v, inverse, shift))));
+        l = vf_add(l, q);
+        ll = vf_fma(q, q, ll);
+        xl = vf_fma(v, q, xl);
+    }
+    return (moments){vf_sum(l), vf_sum(ll), vf_sum(xl)};
+}
+
+static void search_symmetric(coded *c, const float *x, int64_t n, range r) {
+    /* Codes reach one further down than up: the peak takes the lower end. */
+    float best = -1, scale = r.peak / -8;
+    for (int i = 0; i < RANGES; i++) {
+        const moments s = moments_of(x, n, r.peak / -8 * (1.07f - SHRINK * (float)i), 0, -8);
+        const float explained = s.ll > 0 ? s.xl * s.xl / s.ll : 0;
+        if (explained > best) best = explained, scale = s.xl / s.ll;
+    }
+    finish_symmetric(c, x, n, scale, 8);
+}
+
+static void search(coded *c, const float *x, int64_t n, range r) {
+    const float width = (r.high - r.low) / 15, middle = (r.low + r.high) / 2, count = (float)n;
+    vf sum = vf_zero();
+    for (int64_t i = 0; i < n; i += W) sum = vf_add(sum, vf_sub(vf_load(x + i), vf_set(middle)));
+    const float mean = vf_sum(sum) / count; /* from the middle, as x below: their squares would swallow it */
+    float centred[MAX_GROUP], best = -1, scale = width, minimum = r.low;
+    for (int64_t i = 0; i < n; i += W) vf_store(centred + i, vf_sub(vf_load(x + i), vf_set(middle)));
+    for (int i = 0; i < RANGES; i++) {
+        const float d = width * (1.02f - SHRINK * (float)i);
+        const moments s = moments_of(centred, n, d, -7.5f * d, 0);
+        const float spread = s.ll - s.l * s.l / count, together = s.xl - mean * s.l;
+        if (!(spread > 0 && together * together / spread > best)) continue;
+        best = together * together / spread;
+        scale = together / spread;
+        minimum = middle + mean - scale * s.l / count;
+    }
+    finish(c, x, n, scale, minimum, 15);
+}
+
+/* n whole vectors of x with scales of their own. */
+static void quantize(coded *c, const float *x, int64_t n, const ae_target *t) {
+    const range r = range_of(x, n);
+    if (!(r.high - r.low < INFINITY)) {
+        memset(c, 0, sizeof *c);
+        c->d = NOT_FINITE;
+    } else if (r.low == r.high && t->minimum) {
+        finish(c, x, n, 0, r.low, 0);
+    } else if (r.peak == 0) {
+        finish_symmetric(c, x, n, 0, t->type == AE_Q8 ? 128 : 8);
+    } else if (t->type == AE_Q8) {
+        finish_symmetric(c, x, n, fabsf(r.peak) / 127, 128);
+    } else if (t->minimum) {
+        search(c, x, n, r);
+    } else {
+        search_symmetric(c, x, n, r);
+    }
+}
+
+/* Whether groups of the target can take scales and codes as the source has them. */
+static int keeps_codes(const ae_source *s, const ae_target *t) {
+    const ae_coding coding = ae_source_coding(s->type);
+    return coding.bits && coding.bits <= (t->type == AE_Q8 ? 8 : 4) && (t->minimum || coding.zero >= 0) &&
+           t->group == 32 && s->col_start % 32 == 0;
+}
+
+static void keep(coded *c, const float *x, int64_t n, const ae_target *t, const ae_source *s, const void *row,
+                 int64_t start) {
+    const int bits = t->type == AE_Q8 ? 8 : 4;
+    float scale, minimum;
+    ae_source_scale(&scale, &minimum, row, s->type, start);
+    if (ae_source_coding(s->type).zero >= 0) minimum = -(float)(1 << (bits - 1)) * scale;
+    c->d = ae_f32_to_f16(scale);
+    c->m = ae_f32_to_f16(minimum);
+    encode(c, x, n, scale, minimum, (1 << bits) - 1);
+}
+
+/* A group's codes into lane `lane` of its part of the panel. */
+static void place(char *part, const coded *c, const ae_target *t, int lane) {
+    memcpy(part + lane * 2, &c->d, 2);
+    if (t->minimum) memcpy(part + 64 + lane * 2, &c->m, 2);
+    char *out = part + (t->minimum ? 128 : 64) + lane * 4;
+    for (int64_t k = 0; k < t->group; out += AE_PANEL * 4) {
+        uint32_t low, high;
+        memcpy(&low, c->q + k, 4);
+        k += 4;
+        if (t->type == AE_Q4) {
+            memcpy(&high, c->q + k, 4);
+            low |= high << 4;
+            k += 4;
+        }
+        memcpy(out, &low, 4);
+    }
+}
+
+void ae_pack_quantized(void *packing, const ae_thread *thread) {
+    const ae_packing *p = packing;
+    const ae_source *s = p->source;
+    const ae_target *t = p->target;
+    const int64_t group = t->group, group_bytes = ae_group_bytes(t->type, group, t->minimum);
+    const int64_t panels = ae_target_panels(p);
+    const int kept = keeps_codes(s, t);
+    float wide[CHUNK + W];
+    coded c;
+    memset(&c, 0, sizeof c);
+    for (int64_t i; (i = ae_next(thread, panels, 1)) >= 0;) {
+        const ae_lanes at = ae_lanes_of(p, i);
+        char *part = at.panel;
+        for (int64_t start = s->col_start; start < s->col_stop; start += CHUNK) {
+            const int64_t count = s->col_stop - start < CHUNK ? s->col_stop - start : CHUNK;
+            for (int r = 0; r < at.lanes; r++) {
+                const char *row = ae_source_row(s, at.row + r);
+                ae_dequantize(wide, row, s->type, start, count);
+                for (int j = 0; j < W; j++) wide[count + j] = wide[count - 1];
+                for (int64_t k = 0; k < count; k += group) {
+                    const int64_t n = count - k < group ? (count - k + W - 1) / W * W : group;
+                    if (kept)
+                        keep(&c, wide + k, n, t, s, row, start + k);
+                    else
+                        quantize(&c, wide + k, n, t);
+                    place(part + k / group * group_bytes, &c, t, at.lane + r);
+                }
+            }
+            part += CHUNK / group * group_bytes;
+        }
+    }
+}

@@ -1,0 +1,129 @@
+/* Integer dot products on top of simd.h: `vi` holds W lanes of 32 bits, in each of which four unsigned bytes
+ * (codes of weights) meet four signed ones (activations).
+ *
+ * Sums start from INT_BIAS; vi_biased() gives INT_BIAS_FLOAT + sum, exact while |sum| < 2^22. The bias lies in
+ * the middle of a range where floats are one apart, so that the bits of a biased sum are that float's: no
+ * conversion, and a fused multiply-add takes the bias out again. (Where that is not fused there is no bias.)
+ *
+ * dot() is exact at every level. Without VNNI the bytes are widened to 16 bits, even and odd ones apart: the
+ * instruction that multiplies bytes directly would saturate.
+ */
+#pragma once
+#include "simd.h"
+
+#if defined(AE_LEVEL_AVX512)
+
+#define INT_BIAS 0x4B400000
+#define INT_BIAS_FLOAT 12582912.0f
+AE_INLINE vi vi_set(int32_t x) { return _mm512_set1_epi32(x); }
+AE_INLINE void vi_store(void *p, vi a) { _mm512_storeu_si512(p, a); }
+AE_INLINE vf vi_biased(vi a) { return _mm512_castsi512_ps(a); }
+AE_INLINE vi vi_low_nibbles(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+AE_INLINE vi vi_high_nibbles(vi a) { return vi_low_nibbles(_mm512_srli_epi16(a, 4)); }
+
+#if defined(AE_LEVEL_AVX512VNNI)
+typedef vi codes;
+typedef vi signed4;
+AE_INLINE codes codes_of(vi bytes) { return bytes; }
+AE_INLINE signed4 signed4_set(int32_t bytes) { return vi_set(bytes); }
+/* In assembly, with the operands in place: gcc 12 copies every sum before it adds to it, and where sums start
+ * from the same value. */
+AE_INLINE vi vi_fetch(const void *p) {
+    vi a;
+    __asm__("vmovdqu64 %1, %0" : "=v"(a) : "m"(*(const vi *)p));
+    return a;
+}
+AE_INLINE vi vi_start(const int32_t *x) {
+    vi a;
+    __asm__("vpbroadcastd %1, %0" : "=v"(a) : "m"(*x));
+    return a;
+}
+AE_INLINE vi dot(vi sum, codes w, signed4 x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
+}
+AE_INLINE vf add_scaled(vf total, vi sum, vf d, vf biased, const float *scale) {
+    vf y = vi_biased(sum);
+    __asm__("vfmadd132ps %1, %2, %0" : "+v"(y) : "v"(d), "v"(biased));
+    __asm__("vfmadd231ps %1%{1to16%}, %2, %0" : "+v"(total) : "m"(*scale), "v"(y));
+    return total;
+}
+#else
+typedef struct codes { vi even, odd; } codes;
+typedef struct signed4 { vi even, odd; } signed4;
+AE_INLINE codes codes_of(vi bytes) {
+    return (codes){_mm512_and_si512(bytes, _mm512_set1_epi16(255)), _mm512_srli_epi16(bytes, 8)};
+}
+AE_INLINE signed4 signed4_set(int32_t bytes) {
+    vi x = vi_set(bytes);
+    return (signed4){_mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8), _mm512_srai_epi16(x, 8)};
+}
+AE_INLINE vi dot(vi sum, codes w, signed4 x) {
+    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(w.even, x.even));
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(w.odd, x.odd));
+}
+#endif
+
+#elif defined(AE_LEVEL_AVX2)
+
+#define INT_BIAS 0x4B400000
+#define INT_BIAS_FLOAT 12582912.0f
+AE_INLINE vi vi_set(int32_t x) { return _mm256_set1_epi32(x); }
+AE_INLINE void vi_store(void *p, vi a) { _mm256_storeu_si256((__m256i *)p, a); }
+AE_INLINE vf vi_biased(vi a) { return _mm256_castsi256_ps(a); }
+AE_INLINE vi vi_low_nibbles(vi a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+AE_INLINE vi vi_high_nibbles(vi a) { return vi_low_nibbles(_mm256_srli_epi16(a, 4)); }
+
+typedef struct codes { vi even, odd; } codes;
+typedef struct signed4 { vi even, odd; } signed4;
+AE_INLINE codes codes_of(vi bytes) {
+    return (codes){_mm256_and_si256(bytes, _mm256_set1_epi16(255)), _mm256_srli_epi16(bytes, 8)};
+}
+AE_INLINE signed4 signed4_set(int32_t bytes) {
+    vi x = vi_set(bytes);
+    return (signed4){_mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), _mm256_srai_epi16(x, 8)};
+}
+AE_INLINE vi dot(vi sum, codes w, signed4 x) {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w.even, x.even));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(w.odd, x.odd));
+}
+
+#else /* portable */
+
+typedef uint8_t vbytes __attribute__((vector_size(16)));
+
+#define INT_BIAS 0
+#define INT_BIAS_FLOAT 0.0f
+AE_INLINE vi vi_set(int32_t x) { return (vi){x, x, x, x}; }
+AE_INLINE void vi_store(void *p, vi a) { memcpy(p, &a, sizeof a); }
+AE_INLINE vf vi_biased(vi a) { return __builtin_convertvector(a, vf); }
+AE_INLINE vi vi_low_nibbles(vi a) { return (vi)((vbytes)a & 15); }
+AE_INLINE vi vi_high_nibbles(vi a) { return (vi)((vbytes)a >> 4); }
+
+typedef struct codes { vi byte[4]; } codes;
+typedef struct signed4 { int32_t byte[4]; } signed4;
+AE_INLINE codes codes_of(vi bytes) {
+    vu u = (vu)bytes;
+    return (codes){{(vi)(u & 255), (vi)(u >> 8 & 255), (vi)(u >> 16 & 255), (vi)(u >> 24)}};
+}
+AE_INLINE signed4 signed4_set(int32_t bytes) {
+    int8_t b[4];
+    memcpy(b, &bytes, 4);
+    return (signed4){{b[0], b[1], b[2], b[3]}};
+}
+AE_INLINE vi dot(vi sum, codes w, signed4 x) {
+    for (int i = 0; i < 4; i++) sum += w.byte[i] * x.byte[i];
+    return sum;
+}
+
+#endif
+
+#if !defined(AE_LEVEL_AVX512VNNI)
+AE_INLINE vi vi_fetch(const void *p) { return vi_load(p); }
+AE_INLINE vi vi_start(const int32_t *x) { return vi_set(*x); }
+
+/* total + (sum - INT_BIAS_FLOAT) * d * scale, with biased = -INT_BIAS_FLOAT * d */
+AE_INLINE vf add_scaled(vf total, vi sum, vf d, vf biased, const float *scale) {
+    return vf_fma(vf_fma(vi_biased(sum), d, biased), vf_set(*scale), total);
+}
+#endif

@@ -1,0 +1,172 @@
+"""Where a step of the CPU's program spends its time, and how near it is to what the machine can do.
+
+    python benchmarks/cpu_step.py [--dtype bfloat16] [--quantization int8] [--batch 1,8,32] [--context 192]
+        [--prefill 1024] [--threads N]
+
+Runs the worker's own step program in this process, without the host, over the demo model. The floor of a
+step is the larger of two times: its weights, keys and values at the bandwidth of memory, and its operations
+at the peaks of arithmetic; all measured at the start of the same run.
+"""
+
+import argparse
+import time
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import numpy as np
+from msgspec import msgpack
+
+from asyncengine._fast import cpu
+from asyncengine.checkpoint.demo import demo_model
+from asyncengine.checkpoint.gguf import GGUFFile
+from asyncengine.checkpoint.gguf_spec import spec_from_gguf
+from asyncengine.cores import usable_cores
+from asyncengine.wire.plan import PLAN_HEADER
+from asyncengine.wire.stages import Allocate, WorkerConfig
+from asyncengine.worker.batch import parse_plan
+from asyncengine.worker.ops.cpu import Code, Operation, Rows
+from asyncengine.worker.runner import Runner
+
+BLOCK = 32
+TYPES = {cpu.F32: "F32", cpu.BF16: "BF16", cpu.F16: "F16", cpu.Q8: "Q8", cpu.Q4: "Q4", cpu.I8: "I8"}
+
+
+def start(args: argparse.Namespace) -> Runner:
+    path = args.model or demo_model()
+    with_file = GGUFFile(path)
+    config = WorkerConfig(
+        spec=spec_from_gguf(with_file),
+        weights=path,
+        load_format="gguf",
+        device="cpu",
+        dtype=args.dtype,
+        quantization=args.quantization,
+        kv_dtype=args.kv_dtype or args.dtype,
+        block_size=BLOCK,
+        max_model_len=2048,
+        max_num_seqs=max(args.batch),
+        max_num_samples=max(args.batch),
+        max_num_batched_tokens=max(args.prefill, *args.batch),
+        num_threads=args.threads or usable_cores(),
+        enforce_eager=False,
+        seed=0,
+    )
+    runner = Runner(0, 1, {})
+    runner.run_stage("config", msgpack.encode(config), lambda *_: None)
+    runner.run_stage("load", b"", lambda *_: None)
+    runner.run_stage("profile", b"", lambda *_: None)
+    blocks = max(args.batch) * (args.context // BLOCK + 2) + args.prefill // BLOCK + 1
+    runner.run_stage("allocate", msgpack.encode(Allocate(blocks)), lambda *_: None)
+    runner.run_stage("capture", b"", lambda *_: None)
+    return runner
+
+
+def plan(rows: list[tuple[int, int, int]]) -> bytes:
+    """Rows of (slot, start, count), each sampled, tokens inline; every slot has blocks of its own."""
+    words: list[int] = []
+    updates: list[int] = []
+    tokens: list[int] = []
+    block = 0
+    for slot, start, count in rows:
+        words += [slot, start, count, 1]
+        for index in range((start + count - 1) // BLOCK + 1):
+            updates += [slot, index, block]
+            block += 1
+        tokens += [(slot * 7 + i * 13) % 40000 + 100 for i in range(count)]
+    header = [0, 1, len(rows), len(tokens), len(updates) // 3, 0, 0, 0]
+    assert len(header) == PLAN_HEADER
+    return np.array(header + words + updates + tokens, np.int32).tobytes()
+
+
+def work(operation: Operation, rows: list[tuple[int, int, int]]) -> tuple[int, str, int]:
+    """What no implementation of an operation can avoid: bytes of weights or of keys and values, each once;
+    and the peak that bounds its arithmetic, with the number of operations. Activations are left out: they
+    stay in the caches."""
+    n = operation.n
+    if operation.code in (Code.LINEAR, Code.HEAD):
+        dtype = TYPES[n[2]]
+        nbytes = cpu.packed_bytes(n[0], n[1], dtype, n[4], bool(n[5]))
+        tokens = len(rows) if operation.rows == Rows.SAMPLES else sum(count for _, _, count in rows)
+        unit = {"F32": "f32", "F16": "f32", "BF16": "bf16", "Q8": "int8", "Q4": "int8"}[dtype]
+        return nbytes, unit, 2 * tokens * n[0] * n[1]
+    if operation.code == Code.ATTENTION:
+        q_heads, kv_heads, head_dim, _, block, kv_type, *_ = n
+        position = cpu.kv_block_bytes(TYPES[kv_type], kv_heads, block, head_dim) // block
+        seen = sum(count * start + count * (count + 1) // 2 for _, start, count in rows)
+        return position * sum(start + count for _, start, count in rows), "f32", 4 * seen * q_heads * head_dim
+    return 0, "f32", 0
+
+
+class Profile(NamedTuple):
+    """Milliseconds."""
+
+    step: float
+    memory: float
+    """The step's bytes at the memory's bandwidth."""
+    arithmetic: float
+    """Its operations, each kind at its peak."""
+    spent: dict[str, float]
+    """By kind of operation, when each runs as a call of its own."""
+
+
+def profile(
+    runner: Runner, rows: list[tuple[int, int, int]], repeats: int, peaks: dict[str, float]
+) -> Profile:
+    backend, batch = runner.backend, runner._batch
+    batch.prepare(parse_plan(plan(rows)))
+    modes = runner._sampler.head_modes(batch.sample_slots, batch.sample_positions)
+    runs = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        backend.run(batch, modes)
+        runs.append(time.perf_counter() - begin)
+    program, step = backend._program, backend._step
+    # Pass after pass, so that each operation finds the caches as the others leave them.
+    times = np.empty((max(3, repeats // 4), len(backend.operations)))
+    for row in times:
+        for index in range(len(row)):
+            begin = time.perf_counter()
+            program.run_op(index, step)
+            row[index] = time.perf_counter() - begin
+    spent: dict[str, float] = defaultdict(float)
+    memory = arithmetic = 0.0
+    for operation, seconds in zip(backend.operations, np.median(times, axis=0), strict=True):
+        spent[operation.code.name.lower()] += 1000 * float(seconds)
+        nbytes, unit, operations = work(operation, rows)
+        memory += 1000 * nbytes / peaks["read"]
+        arithmetic += 1000 * operations / peaks[unit]
+    return Profile(1000 * float(np.median(runs)), memory, arithmetic, dict(spent))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    numbers: Any = lambda text: [int(word) for word in text.split(",")]  # noqa: E731
+    parser.add_argument("--model")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantization", choices=("gguf", "int8", "int4"))
+    parser.add_argument("--kv-dtype")
+    parser.add_argument("--batch", type=numbers, default=[1, 8, 32])
+    parser.add_argument("--context", type=int, default=192)
+    parser.add_argument("--prefill", type=int, default=1024)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--repeats", type=int, default=20)
+    args = parser.parse_args()
+    runner = start(args)
+    peaks = cpu.peaks(runner.backend.team)
+    print("  ".join(f"{name} {value / 1e9:.1f} G/s" for name, value in peaks.items()), flush=True)
+    shapes = {f"decode {n}": [(slot, args.context - 1, 1) for slot in range(n)] for n in args.batch}
+    if args.prefill:
+        shapes[f"prefill {args.prefill}"] = [(0, 0, args.prefill)]
+    for name, rows in shapes.items():
+        found = profile(runner, rows, args.repeats if "decode" in name else 5, peaks)
+        floor = max(found.memory, found.arithmetic)
+        parts = "  ".join(f"{k} {v:.2f}" for k, v in sorted(found.spent.items(), key=lambda item: -item[1]))
+        print(
+            f"{name:<14}{found.step:9.2f} ms   floor {floor:.2f} ({floor / found.step:.0%} reached;"
+            f" memory {found.memory:.2f}, arithmetic {found.arithmetic:.2f})   {parts}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
