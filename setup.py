@@ -33,6 +33,7 @@ PACKAGES = [
     "asyncengine.text",
     "asyncengine.wire",
     "asyncengine.worker",
+    "asyncengine.worker.cuda",
     "asyncengine.worker.models",
     "asyncengine.worker.ops",
 ]

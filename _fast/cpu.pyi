@@ -7,11 +7,9 @@ from typing_extensions import Buffer as ReadableBuffer
 
 EMBED: int
 RMS_NORM: int
-ADD_RMS_NORM: int
 LINEAR: int
 ROPE_KV: int
 ATTENTION: int
-SILU_MUL: int
 SELECT: int
 ALL_REDUCE: int
 ALL_GATHER: int
@@ -70,6 +68,7 @@ class Buffer:
     def __init__(self, nbytes: int) -> None: ...
     @property
     def address(self) -> int: ...
+    def discard(self) -> None: ...
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 

@@ -3,12 +3,14 @@
 Everything belongs to one thread. The functions' contracts stand beside the code.
 """
 
+from array import array
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from typing_extensions import Buffer
 
 def siphash128(key: Buffer, data: Buffer) -> bytes: ...
+def lines(x: Buffer, y: Buffer, first: int, count: int) -> array[float]: ...
 
 class BlockPool:
     num_blocks: int

@@ -1,13 +1,17 @@
 # The batch on the host: block pool, per-sequence numbers by slot, plan writing and commit.
 
+from array import array as Array
 from collections import deque
 
+cimport cython
+from cpython cimport array
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memcmp, memcpy, memmove, memset
+from libc.string cimport memcpy, memmove, memset
 
 include "slots/arrays.pxi"
+include "slots/lines.pxi"
 include "slots/siphash.pxi"
 include "slots/blocks.pxi"
 include "slots/plan.pxi"
@@ -16,6 +20,7 @@ include "slots/slot.pxi"
 include "slots/draft.pxi"
 
 
+@cython.final
 cdef class SlotTable:
     """The running sequences. Owns the slots, writes plans, commits results.
 
@@ -120,9 +125,9 @@ cdef class SlotTable:
     ) -> tuple | None:
         """Seats a sequence in the step being planned, and plans its first row.
 
-        `rank` is its place in the order, (rank, serial); tokens are drafted for it if `drafting`. All blocks of its tokens are taken now, cached
-        ones first, so that a long prompt is never stuck half way. Returns (slot, tokens found in the
-        cache), or None if the blocks do not suffice.
+        `rank` is its place in the order, (rank, serial); tokens are drafted for it if `drafting`. All blocks
+        of its tokens are taken now, cached ones first, so that a long prompt is never stuck half way. Returns
+        (slot, tokens found in the cache), or None if the blocks do not suffice.
         """
         cdef BlockPool pool = self.pool
         cdef int n = tokens.shape[0], total, matched = 0, revived = 0, block, slot, i, limit
@@ -270,9 +275,10 @@ cdef class SlotTable:
         for i in range(self.num_running):
             s = &self.slots[self.order[i]]
             s.waits = False
-            if _decodes(s) and s.drafting and s.drafts == 0:
-                _predict(s, &self.lookup, &room)
-            count += _decodes(s) and s.source >= 0
+            if s.drafting and _decodes(s):
+                if s.source < 0 and s.drafts == 0:
+                    s.source = _index(&s.ngrams, &self.lookup, s.tokens.at, s.known, &room)
+                count += s.source >= 0
         return count
 
     def weigh(self, const double[::1] times) -> tuple[float, float, bool]:

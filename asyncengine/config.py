@@ -4,8 +4,9 @@
 `EngineConfig`, a new value in which nothing is left open. Both are frozen.
 """
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import msgspec
@@ -14,6 +15,7 @@ from .checkpoint.sharding import check_parallel
 from .checkpoint.spec import DType, KVDType, ModelSpec
 from .cores import usable_cores
 from .errors import ConfigError
+from .gpus import GPU, unusable, visible_gpus
 
 __all__ = ["EngineArgs", "EngineConfig", "NgramSpeculation", "resolve"]
 
@@ -22,6 +24,9 @@ CPU_BATCHED_TOKENS = 512
 CPU_KV_BYTES = 4 << 30
 """KV cache of an engine on a CPU unless the caller sets `kv_cache_memory_bytes`: the host program's
 memory is not ours to fill. Pages are taken as they are first used."""
+CUDA_BLOCK_SIZES = (64, 32, 16)
+"""What the attention kernels are made for, the default first."""
+CUDA_BATCHED_TOKENS = 8192
 
 _LIMIT = 2**31 - 1
 _DTYPES: dict[str, DType] = {
@@ -31,7 +36,9 @@ _DTYPES: dict[str, DType] = {
     "float16": "float16",
     "half": "float16",
 }
-_KV_DTYPES: dict[str, KVDType] = {**_DTYPES, "int8": "int8"}
+_KV_DTYPES: dict[str, KVDType] = {**_DTYPES, "int8": "int8", "fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3"}
+
+_logger = logging.getLogger("asyncengine")
 
 
 MAX_DRAFT_TOKENS = 64
@@ -100,22 +107,27 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True):
     trust_remote_code: bool = False
     load_format: str = "auto"
     dtype: str = "auto"
-    """Type of weights and cache. A GGUF file keeps its quantized weights under `auto`, and is dequantized
-    to any other, unless `quantization` says more."""
+    """Type of weights and cache; `auto` is that of the checkpoint (on CUDA bfloat16 for float32 ones). A GGUF
+    file keeps its quantized weights under `auto` on a CPU, and is dequantized to any other, unless
+    `quantization` says more; on CUDA it is always dequantized, under `auto` to bfloat16."""
     quantization: str | None = None
     """`int8` or `int4`: weights of any checkpoint are quantized as they are loaded, and multiplied in
-    integers; `gguf`: a GGUF file's weights stay as they are stored, whatever `dtype`."""
+    integers; `gguf`: a GGUF file's weights stay as they are stored, whatever `dtype`. On a CPU only."""
     kv_cache_dtype: str = "auto"
-    """`int8` halves the cache; each token and head has a scale."""
+    """`int8` (on a CPU) halves the cache, each token and head has a scale; so does `fp8` (on CUDA)."""
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
     block_size: int | None = None
     enable_prefix_caching: bool = True
     gpu_memory_utilization: float = 0.9
-    """The share of the device's memory the engine may plan with; on a CPU, of the memory now free."""
+    """The share of each GPU's memory that is for this engine, whatever others use of the rest; on a CPU, of
+    the memory now free."""
     kv_cache_memory_bytes: int | None = None
+    """Bytes of the KV cache: of all ranks together on a CPU, on each GPU on CUDA. None: from
+    `gpu_memory_utilization`."""
     cpu_offload_gb: float = 0
+    """GiB of the weights that each rank keeps in pinned host memory and copies to its GPU for each use."""
     swap_space: float = 0
     enforce_eager: bool = False
     tensor_parallel_size: int = 1
@@ -123,6 +135,8 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True):
     enable_expert_parallel: bool = False
     disable_custom_all_reduce: bool = False
     device: str = "auto"
+    """`auto`: `cuda` where there are an NVIDIA GPU from Ampere on and the packages of the `cuda` extra, as
+    found without loading torch; else `cpu`."""
     num_threads: int | None = None
     """Compute threads in all ranks together; None: the physical cores this process may use."""
     seed: int = 0
@@ -179,6 +193,8 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True):
                 self.refuse(name, f"must be one of {', '.join(map(repr, choices))}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             self.refuse("gpu_memory_utilization", "must lie in (0, 1]")
+        if not 0.0 <= self.cpu_offload_gb < float("inf"):
+            self.refuse("cpu_offload_gb", "must be a finite number of GiB, 0 or more")
         if self.block_size is not None and self.block_size & (self.block_size - 1):
             self.refuse("block_size", "must be a power of two")
         for name, (served, instead) in _UNSERVED.items():
@@ -251,21 +267,33 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "tokenizer_mode": ("auto",),
     "load_format": ("auto", "safetensors", "gguf", "dummy"),
     "dtype": ("auto", *_DTYPES),
-    "kv_cache_dtype": ("auto", *_DTYPES, "int8"),
+    "kv_cache_dtype": ("auto", *_KV_DTYPES),
     "quantization": (None, "int8", "int4", "gguf"),
     "device": ("auto", "cpu", "cuda"),
     "scheduling_policy": ("fcfs", "priority"),
 }
-# name -> (values that are served, what to do instead)
+# name -> (values that are served, what to do instead); on one of the devices, for the last two
 _UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "cpu_offload_gb": ((0,), "it concerns NVIDIA GPUs; leave it 0"),
     "swap_space": ((0,), "preempted requests are recomputed, never swapped; leave it 0"),
     "data_parallel_size": ((1,), "create several engines instead"),
     "enable_expert_parallel": ((False,), "no mixture-of-experts model is served yet"),
-    "disable_custom_all_reduce": ((False,), "it concerns NVIDIA GPUs; leave it False"),
-    "device": (("auto", "cpu"), "use device='cpu'"),
     "runner": (("auto", "generate"), "only text generation is served; use runner='generate'"),
     "convert": (("auto", "none"), "only text generation is served; use convert='none'"),
+}
+
+
+_CPU_UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "cpu_offload_gb": ((0,), "it moves weights from a GPU, and the weights are in host memory; leave it 0"),
+    "disable_custom_all_reduce": ((False,), "it concerns NVIDIA GPUs; leave it False"),
+    "kv_cache_dtype": (
+        tuple(name for name in ("auto", *_KV_DTYPES) if not name.startswith("fp8")),
+        "use kv_cache_dtype='int8'",
+    ),
+}
+_CUDA_UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "quantization": ((None,), "leave it None for weights in `dtype` (bfloat16), or use device='cpu'"),
+    "speculative": ((None,), "leave it None, or use device='cpu'"),
+    "block_size": ((None, *CUDA_BLOCK_SIZES), f"use one of {', '.join(map(str, CUDA_BLOCK_SIZES))}"),
 }
 
 
@@ -286,6 +314,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_caching: bool
     kv_cache_memory_bytes: int | None
     gpu_memory_utilization: float
+    cpu_offload_bytes: int
+    """Of each rank."""
     enforce_eager: bool
     tensor_parallel_size: int
     num_threads: int
@@ -306,8 +336,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         return min(self.max_num_seqs + drafts, self.max_num_batched_tokens)
 
 
-def resolve(args: EngineArgs, spec: ModelSpec, *, is_gguf: bool = False) -> EngineConfig:
-    """Decides what `args` left open, for a model on this machine. Raises `ConfigError`."""
+def resolve(
+    args: EngineArgs, spec: ModelSpec, *, is_gguf: bool = False, gpus: Sequence[GPU] | None = None
+) -> EngineConfig:
+    """Decides what `args` left open, for a model on this machine. Raises `ConfigError`.
+
+    `gpus`: those that may be used; None asks the driver for them if it matters.
+    """
+    device = _resolve_device(args, gpus)
+    for name, (served, instead) in (_CUDA_UNSERVED if device == "cuda" else _CPU_UNSERVED).items():
+        if getattr(args, name) not in served:
+            args.refuse(name, f"is not supported on device {device!r}; {instead}")
     if args.quantization == "gguf" and not is_gguf:
         args.refuse("quantization", "needs a GGUF file; other checkpoints take 'int8' or 'int4'")
     check_parallel(spec, args.tensor_parallel_size)
@@ -320,28 +359,28 @@ def resolve(args: EngineArgs, spec: ModelSpec, *, is_gguf: bool = False) -> Engi
         )
     batched = args.max_num_batched_tokens
     if batched is None:
-        batched = max(CPU_BATCHED_TOKENS, args.max_num_seqs)
+        batched = max(CUDA_BATCHED_TOKENS if device == "cuda" else CPU_BATCHED_TOKENS, args.max_num_seqs)
     elif batched < args.max_num_seqs:
         args.refuse(
             "max_num_batched_tokens",
             f"must be at least max_num_seqs ({args.max_num_seqs}): every running sequence needs one",
         )
-    dtype = _resolve_dtype(args, spec)
+    dtype = _resolve_dtype(args, spec, device)
+    stays_packed = is_gguf and device == "cpu" and args.dtype == "auto" and args.quantization is None
     return EngineConfig(
         model=args.model,
-        device="cpu",
+        device=device,
         dtype=dtype,
-        quantization="gguf"
-        if is_gguf and args.dtype == "auto" and args.quantization is None
-        else args.quantization,
-        kv_dtype=dtype if args.kv_cache_dtype == "auto" else _KV_DTYPES[args.kv_cache_dtype],
+        quantization="gguf" if stays_packed else args.quantization,
+        kv_dtype=_resolve_kv_dtype(args, dtype, device),
         max_model_len=max_model_len,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=batched,
-        block_size=args.block_size or CPU_BLOCK_SIZE,
+        block_size=args.block_size or (CUDA_BLOCK_SIZES[0] if device == "cuda" else CPU_BLOCK_SIZE),
         enable_prefix_caching=args.enable_prefix_caching,
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         gpu_memory_utilization=args.gpu_memory_utilization,
+        cpu_offload_bytes=int(args.cpu_offload_gb * 2**30),
         enforce_eager=args.enforce_eager,
         tensor_parallel_size=args.tensor_parallel_size,
         num_threads=max(1, (args.num_threads or usable_cores()) // args.tensor_parallel_size),
@@ -354,8 +393,35 @@ def resolve(args: EngineArgs, spec: ModelSpec, *, is_gguf: bool = False) -> Engi
     )
 
 
-def _resolve_dtype(args: EngineArgs, spec: ModelSpec) -> DType:
+def _resolve_device(args: EngineArgs, gpus: Sequence[GPU] | None) -> str:
+    if args.device == "cpu":
+        return "cpu"
+    found = visible_gpus() if gpus is None else gpus
+    reason = unusable(found)
+    if args.device == "auto" and reason is not None:
+        if found:  # someone will wonder why it stays idle
+            _logger.warning("device='auto' takes the CPU: %s", reason)
+        return "cpu"
+    if reason is not None:
+        args.refuse("device", f"cannot be used: {reason}; or use device='cpu'")
+    if len(found) < args.tensor_parallel_size:
+        args.refuse("tensor_parallel_size", f"needs as many GPUs, and {len(found)} are visible; lower it")
+    return "cuda"
+
+
+def _resolve_dtype(args: EngineArgs, spec: ModelSpec, device: str) -> DType:
     if args.dtype != "auto":
         return _DTYPES[args.dtype]
     # Quantized weights have no type of their own; bfloat16 holds them in half the memory of float32.
-    return spec.dtype or "bfloat16"
+    if spec.dtype is None or (device == "cuda" and spec.dtype == "float32"):
+        return "bfloat16"
+    return spec.dtype
+
+
+def _resolve_kv_dtype(args: EngineArgs, dtype: DType, device: str) -> KVDType:
+    if args.kv_cache_dtype == "auto":
+        return dtype
+    chosen = _KV_DTYPES[args.kv_cache_dtype]
+    if device == "cuda" and chosen not in (dtype, "fp8_e4m3"):
+        args.refuse("kv_cache_dtype", f"must be 'auto' (here {dtype}) or 'fp8' on device 'cuda'")
+    return chosen

@@ -64,7 +64,7 @@ class RequestFailedError(AsyncEngineError):
 
 
 class EngineClosedError(AsyncEngineError):
-    """The engine was closed, or is used from another event loop than the one that created it."""
+    """The engine was closed, sleeps, or is used from another event loop than the one that created it."""
 
 
 class EngineDeadError(AsyncEngineError):

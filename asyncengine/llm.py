@@ -14,9 +14,10 @@ from .config import EngineArgs, EngineConfig
 from .engine.boot import ProgressEvent, Started, StartupReport, start
 from .engine.core import EngineCore
 from .engine.door import Door, Prompt
+from .engine.gather import gather
 from .engine.request import Request
 from .engine.stream import GenerationStream
-from .errors import AsyncEngineError, EngineClosedError, InvalidRequestError, QueueFullError
+from .errors import AsyncEngineError, EngineClosedError, InvalidRequestError
 from .metrics import HistogramSnapshot
 from .outputs import RequestOutput
 from .params import SamplingParams
@@ -86,8 +87,13 @@ class AsyncLLM:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether requests are taken: the engine is open and its workers live."""
+        """Whether the engine is open and its workers live, be it asleep or not."""
         return self._core.error is None
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether requests are refused until `wake_up`."""
+        return self._core.sleep_level > 0
 
     def metrics(self) -> dict[str, int | float | HistogramSnapshot]:
         """A snapshot of counters, gauges and histograms by name; times in seconds."""
@@ -281,6 +287,11 @@ class AsyncLLM:
         return self._chat_template
 
     def _check_usable(self) -> None:
+        self._check_open()
+        if self._core.sleep_level:
+            raise EngineClosedError("the engine sleeps; await wake_up() first")
+
+    def _check_open(self) -> None:
         core = self._core
         if core.error is not None:
             raise type(core.error)(*core.error.args)
@@ -302,6 +313,29 @@ class AsyncLLM:
         """Nothing computed before now is reused by requests that start from now on."""
         self._check_usable()
         self._core.scheduler.reset_prefix_cache()
+
+    async def sleep(self, level: int = 1) -> None:
+        """Gives memory back while the engine is not needed; processes stay.
+
+        New requests are refused with `EngineClosedError` from now on, and those in flight are awaited first.
+        Level 1 gives back the KV cache and, on a GPU, the weights, which move to host memory. Level 2 gives
+        back the weights too, which `wake_up` loads anew from the model's files. What the prefix cache knew
+        is forgotten. Raises `OutOfMemoryError`, and stays awake, where host memory has no room for a GPU's
+        weights.
+        """
+        if isinstance(level, bool) or level not in (1, 2):
+            raise InvalidRequestError(f"level={level!r} must be 1 or 2", parameter="level", value=level)
+        self._check_open()
+        await self._core.sleep(level)
+
+    async def wake_up(self) -> None:
+        """Takes the memory again and serves on. Does nothing to an engine that is awake.
+
+        Raises `OutOfMemoryError` where others have taken the memory meanwhile; the engine then sleeps on, and
+        this may be tried again.
+        """
+        self._check_open()
+        await self._core.wake_up()
 
     async def drain(self) -> None:
         """Returns once no request is queued or running; new ones are still taken."""
@@ -348,12 +382,6 @@ class AsyncLLM:
     async def score(self, a: Any, b: Any) -> NoReturn:
         _unserved("score")
 
-    async def sleep(self) -> NoReturn:
-        _unserved("sleep", "close the engine to give its memory back")
-
-    async def wake_up(self) -> NoReturn:
-        _unserved("wake_up", "create the engine anew")
-
 
 async def _admit_later(
     core: EngineCore, request: Request, tokenize: Callable[[], list[int]], admit: Callable[[list[int]], None]
@@ -366,50 +394,6 @@ async def _admit_later(
         core.fail(request, error)
         if not isinstance(error, AsyncEngineError):
             raise
-
-
-async def gather(
-    submit: Callable[[int], GenerationStream], count: int, *, use_tqdm: bool
-) -> list[RequestOutput]:
-    """Submits requests 0 to `count` and awaits them all; waits for room where the queue is full."""
-    from tqdm import tqdm  # arrives with huggingface_hub
-
-    outputs: dict[asyncio.Task[RequestOutput], int] = {}
-    pending: set[asyncio.Task[RequestOutput]] = set()
-
-    async def result(stream: GenerationStream) -> RequestOutput:
-        return await stream
-
-    # disable=None: no bar unless standard error is a terminal.
-    with tqdm(total=count, desc="requests", disable=None if use_tqdm else True) as bar:
-        try:
-            for index in range(count):
-                while True:
-                    try:
-                        stream = submit(index)
-                        break
-                    except QueueFullError:
-                        if not pending:
-                            raise
-                        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                        bar.update(_check(done))
-                task = asyncio.ensure_future(result(stream))
-                outputs[task] = index
-                pending.add(task)
-            while pending:
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                bar.update(_check(done))
-        finally:
-            for task in pending:
-                task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
-    return [task.result() for task in outputs]
-
-
-def _check(done: set[asyncio.Task[RequestOutput]]) -> int:
-    for task in done:
-        task.result()
-    return len(done)
 
 
 def _one_each(

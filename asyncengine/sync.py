@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import uvloop
 
+from .engine.gather import gather
 from .errors import EngineClosedError, InvalidRequestError
-from .llm import AsyncLLM, Messages, gather
+from .llm import AsyncLLM, Messages
 from .metrics import HistogramSnapshot
 from .outputs import RequestOutput
 from .params import SamplingParams
@@ -98,12 +99,23 @@ class LLM:
         return self._call(self._llm.score(args, options))
 
     def sleep(self, level: int = 1) -> None:
-        """Not served in this version."""
-        self._call(self._llm.sleep())
+        """As `AsyncLLM.sleep`."""
+        self._call(self._llm.sleep(level))
 
     def wake_up(self, tags: list[str] | None = None) -> None:
-        """Not served in this version."""
+        """As `AsyncLLM.wake_up`. Parts cannot be woken up one by one: `tags` must be None."""
+        if tags is not None:
+            raise InvalidRequestError(
+                f"tags={tags!r} is not supported; leave it None, which wakes up everything",
+                parameter="tags",
+                value=tags,
+            )
         self._call(self._llm.wake_up())
+
+    @property
+    def is_sleeping(self) -> bool:
+        """As `AsyncLLM.is_sleeping`."""
+        return self._llm.is_sleeping
 
     def close(self) -> None:
         """Ends the engine. Idempotent."""

@@ -3,14 +3,18 @@
     python benchmarks/cpu_step.py [--dtype bfloat16] [--quantization int8] [--batch 1,8,32] [--context 192]
         [--prefill 1024] [--threads N]
 
-Runs the worker's own step program in this process, without the host, over the demo model. The floor of a
-step is the larger of two times: its weights, keys and values at the bandwidth of memory, and its operations
-at the peaks of arithmetic; all measured at the start of the same run.
+Runs the worker's own step program in this process, without the host, over the demo model or `--model`, a
+GGUF file. The floor of a step is the larger of two times: its weights, keys and values at the bandwidth of
+memory, and its operations at the peaks of arithmetic. A shared machine's speed drifts: the peaks are measured
+right before and right after the steps of each shape, and the better of the two counts. Printed are the best
+and the median step, and what share of each is the floor; then both measurements of every peak: where these
+are far apart, the shape was caught in a change of speed and is better measured again.
 """
 
 import argparse
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +32,8 @@ from asyncengine.worker.ops.cpu import Code, Operation, Rows
 from asyncengine.worker.runner import Runner
 
 BLOCK = 32
+TRIES = 6
+"""Of each peak, before and after a shape: about 0.2 s together with the memory that is read."""
 TYPES = {cpu.F32: "F32", cpu.BF16: "BF16", cpu.F16: "F16", cpu.Q8: "Q8", cpu.Q4: "Q4", cpu.I8: "I8"}
 
 
@@ -46,6 +52,7 @@ def start(args: argparse.Namespace) -> Runner:
         max_model_len=2048,
         max_num_seqs=max(args.batch),
         max_num_samples=max(args.batch),
+        max_logprobs=0,
         max_num_batched_tokens=max(args.prefill, *args.batch),
         num_threads=args.threads or usable_cores(),
         enforce_eager=False,
@@ -91,35 +98,52 @@ def work(operation: Operation, rows: list[tuple[int, int, int]]) -> tuple[int, s
         return nbytes, unit, 2 * tokens * n[0] * n[1]
     if operation.code == Code.ATTENTION:
         q_heads, kv_heads, head_dim, _, block, kv_type, *_ = n
-        position = cpu.kv_block_bytes(TYPES[kv_type], kv_heads, block, head_dim) // block
+        position = 2 * cpu.kv_block_bytes(TYPES[kv_type], kv_heads, block, head_dim) // block
         seen = sum(count * start + count * (count + 1) // 2 for _, start, count in rows)
         return position * sum(start + count for _, start, count in rows), "f32", 4 * seen * q_heads * head_dim
     return 0, "f32", 0
 
 
-class Profile(NamedTuple):
+class Floor(NamedTuple):
     """Milliseconds."""
 
-    step: float
     memory: float
-    """The step's bytes at the memory's bandwidth."""
+    """A step's bytes at the memory's bandwidth."""
     arithmetic: float
     """Its operations, each kind at its peak."""
+
+
+def floor_of(
+    operations: Sequence[Operation], rows: list[tuple[int, int, int]], peaks: dict[str, float]
+) -> Floor:
+    """What the operations need at the least, with peaks in units per second."""
+    works = [work(operation, rows) for operation in operations]
+    memory = sum(nbytes for nbytes, _, _ in works) / peaks["read"]
+    arithmetic = sum(count / peaks[unit] for _, unit, count in works)
+    return Floor(1000 * memory, 1000 * arithmetic)
+
+
+class Measured(NamedTuple):
+    steps: list[float]
+    """Milliseconds of whole steps."""
+    before: dict[str, float]
+    after: dict[str, float]
+    """Peaks in units per second."""
     spent: dict[str, float]
-    """By kind of operation, when each runs as a call of its own."""
+    """Milliseconds by kind of operation, when each runs as a call of its own."""
 
 
-def profile(
-    runner: Runner, rows: list[tuple[int, int, int]], repeats: int, peaks: dict[str, float]
-) -> Profile:
+def measure(runner: Runner, rows: list[tuple[int, int, int]], repeats: int) -> Measured:
     backend, batch = runner.backend, runner._batch
     batch.prepare(parse_plan(plan(rows)))
     modes = runner._sampler.head_modes(batch.sample_slots, batch.sample_positions)
-    runs = []
+    before = cpu.peaks(backend.team, tries=TRIES)
+    steps = []
     for _ in range(repeats):
         begin = time.perf_counter()
         backend.run(batch, modes)
-        runs.append(time.perf_counter() - begin)
+        steps.append(1000 * (time.perf_counter() - begin))
+    after = cpu.peaks(backend.team, tries=TRIES)
     program, step = backend._program, backend._step
     # Pass after pass, so that each operation finds the caches as the others leave them.
     times = np.empty((max(3, repeats // 4), len(backend.operations)))
@@ -129,13 +153,9 @@ def profile(
             program.run_op(index, step)
             row[index] = time.perf_counter() - begin
     spent: dict[str, float] = defaultdict(float)
-    memory = arithmetic = 0.0
     for operation, seconds in zip(backend.operations, np.median(times, axis=0), strict=True):
         spent[operation.code.name.lower()] += 1000 * float(seconds)
-        nbytes, unit, operations = work(operation, rows)
-        memory += 1000 * nbytes / peaks["read"]
-        arithmetic += 1000 * operations / peaks[unit]
-    return Profile(1000 * float(np.median(runs)), memory, arithmetic, dict(spent))
+    return Measured(steps, before, after, dict(spent))
 
 
 def main() -> None:
@@ -152,18 +172,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
     runner = start(args)
-    peaks = cpu.peaks(runner.backend.team)
-    print("  ".join(f"{name} {value / 1e9:.1f} G/s" for name, value in peaks.items()), flush=True)
     shapes = {f"decode {n}": [(slot, args.context - 1, 1) for slot in range(n)] for n in args.batch}
     if args.prefill:
         shapes[f"prefill {args.prefill}"] = [(0, 0, args.prefill)]
     for name, rows in shapes.items():
-        found = profile(runner, rows, args.repeats if "decode" in name else 5, peaks)
-        floor = max(found.memory, found.arithmetic)
+        found = measure(runner, rows, args.repeats if "decode" in name else 5)
+        peaks = {unit: max(found.before[unit], found.after[unit]) for unit in found.before}
+        limits = floor_of(runner.backend.operations, rows, peaks)
+        floor, best, median = max(limits), min(found.steps), float(np.median(found.steps))
         parts = "  ".join(f"{k} {v:.2f}" for k, v in sorted(found.spent.items(), key=lambda item: -item[1]))
+        drift = "  ".join(
+            f"{unit} {value / 1e9:.1f}, {found.after[unit] / 1e9:.1f}" for unit, value in found.before.items()
+        )
         print(
-            f"{name:<14}{found.step:9.2f} ms   floor {floor:.2f} ({floor / found.step:.0%} reached;"
-            f" memory {found.memory:.2f}, arithmetic {found.arithmetic:.2f})   {parts}",
+            f"{name:<14}best {best:.2f} ms ({floor / best:.0%} of it the floor), median {median:.2f}"
+            f" ({floor / median:.0%})   floor {floor:.2f}: memory {limits.memory:.2f},"
+            f" arithmetic {limits.arithmetic:.2f}   {parts}\n{'':14}peaks before, after in G/s: {drift}",
             flush=True,
         )
 

@@ -1,6 +1,6 @@
 """Instructions that the host spends on a step and on a token, counted by callgrind.
 
-    python benchmarks/instructions.py [--running 1 64 256] [--steps 100]
+    python benchmarks/instructions.py [--running 1 64 256] [--steps 100] [--speculate {new,repeated}]
 
 Runs step_overhead.py under valgrind: the real scheduler, ring and event loop, and a worker process (not
 counted) that computes nothing. Two runs of different lengths are subtracted, so that imports and start-up
@@ -19,13 +19,13 @@ from pathlib import Path
 LONGER = 3
 
 
-def count(running: int, steps: int, out: Path) -> int:
-    """Instructions of the whole host process."""
+def count(arguments: list[str], out: Path) -> tuple[int, float]:
+    """Instructions of the whole host process, and the tokens that a step gave."""
     script = str(Path(__file__).with_name("step_overhead.py"))
     done = subprocess.run(
         [
             *("valgrind", "--tool=callgrind", f"--callgrind-out-file={out}"),
-            *(sys.executable, script, "--running", str(running), "--steps", str(steps)),
+            *(sys.executable, script, *arguments),
         ],
         capture_output=True,
         text=True,
@@ -35,7 +35,7 @@ def count(running: int, steps: int, out: Path) -> int:
     with out.open() as file:
         for line in file:
             if line.startswith(("summary:", "totals:")):
-                return int(line.split()[1])
+                return int(line.split()[1]), float(done.stdout.split()[-1])
     sys.exit(f"{out} has no total")
 
 
@@ -43,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--running", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--steps", type=int, default=100, help="of the shorter run")
+    parser.add_argument("--speculate", choices=["new", "repeated"], help="see step_overhead.py")
     parser.add_argument("--keep", type=Path, metavar="FOLDER")
     args = parser.parse_args()
     if shutil.which("valgrind") is None:
@@ -52,12 +53,15 @@ def main() -> None:
         folder = args.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         for running in args.running:
-            totals = [
-                count(running, steps, folder / f"callgrind.{running}.{steps}")
-                for steps in (args.steps, LONGER * args.steps)
-            ]
-            step = (totals[1] - totals[0]) / ((LONGER - 1) * args.steps)
-            print(f"{running:>8}{step:>14,.0f}{step / running:>14,.1f}", flush=True)
+            counts = []
+            for steps in (args.steps, LONGER * args.steps):
+                arguments = ["--running", str(running), "--steps", str(steps)]
+                if args.speculate:
+                    arguments += ["--speculate", args.speculate]
+                counts.append(count(arguments, folder / f"callgrind.{running}.{steps}"))
+            (short, _), (long, tokens) = counts
+            step = (long - short) / ((LONGER - 1) * args.steps)
+            print(f"{running:>8}{step:>14,.0f}{step / tokens:>14,.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ def engine_scores(path: str, tokens: NDArray[np.int32], format: Format, threads:
         max_model_len=len(tokens),
         max_num_seqs=1,
         max_num_samples=CHUNK,
+        max_logprobs=0,
         max_num_batched_tokens=CHUNK,
         num_threads=threads,
         enforce_eager=False,

@@ -93,7 +93,7 @@ def markdown(results: dict[str, Any]) -> str:
                 cells.append(f"**{_spread(ratios, 2)}** {variants[peer]['engine']}" if peer else "–")
             lines.append(f"| {name} / best peer | {' | '.join(cells)} | | |")
         wanted = [f"≥ {goals[c]}" if c in goals else "" for c in table.columns]
-        lines += [f"| goal | {' | '.join(wanted)} | | |", ""]
+        lines += [f"| goal, demo model | {' | '.join(wanted)} | | |", ""]
     lines += [
         f"{name} failed: {r['error'].splitlines()[0]}"
         for name, r in results["results"].items()

@@ -2,6 +2,7 @@
 
 cdef extern from "cpu/memory.h" nogil:
     void *ae_map(size_t bytes)
+    int ae_discard(void *address, size_t bytes)
     void ae_unmap(void *address, size_t bytes)
 
 
@@ -30,6 +31,11 @@ cdef class Buffer:
     @property
     def address(self):
         return <uintptr_t>self._data
+
+    def discard(self):
+        """Gives the memory back to the system; the buffer stays where it is, and zeroed."""
+        if ae_discard(self._data, self.nbytes) != 0:
+            raise OSError(errno, strerror(errno).decode())
 
     def __len__(self):
         return self.nbytes

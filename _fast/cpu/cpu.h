@@ -10,6 +10,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "fetch.h"
+
 /* AE_Q8, AE_Q4: weights of 8 and 4 bits in groups, multiplied in integers (quantized.h). AE_I8: keys and
  * values of 8 bits with a scale each (attention.h). */
 enum ae_dtype { AE_F32 = 0, AE_BF16 = 1, AE_F16 = 2, AE_Q8 = 3, AE_Q4 = 4, AE_I8 = 5 };
@@ -47,14 +49,11 @@ enum ae_code {
      * Ids outside [n2, n2+n3) give zeros (another rank has them). */
     AE_EMBED,
     /* Where an op's output is read by quantized linears, p4 takes it as quantized rows of group n3
-     * (quantized.h), and p0 may be NULL; else p4 is NULL. So it is in AE_RMS_NORM, AE_ADD_RMS_NORM, AE_LINEAR
-     * with AE_GATED, AE_ATTENTION and AE_SELECT.
+     * (quantized.h), and p0 may be NULL; else p4 is NULL. So it is in AE_RMS_NORM, AE_LINEAR with AE_GATED,
+     * AE_ATTENTION and AE_SELECT.
      *
      * p0 out · p1 x · p2 weight f32 [H] · n0 H · f0 eps:  out = x / sqrt(mean(x^2) + eps) * weight */
     AE_RMS_NORM,
-    /* p0 out · p1 residual, updated · p2 x · p3 weight f32 [H] · n0 H · f0 eps:
-     * residual += x; out = rms_norm(residual) */
-    AE_ADD_RMS_NORM,
     /* p0 out · p1 x [M,K], for AE_Q8 and AE_Q4 weights quantized rows of group n4 · p2 weight, packed (pack.h)
      * · p3 bias f32 [N] or NULL · n0 N · n1 K · n2 weight type · n4 group size and n5 has-minimum of quantized
      * weights · n6 mode (enum ae_mode):  y = x @ weight.T + bias */
@@ -73,8 +72,6 @@ enum ae_code {
      * every token over the positions (pos - window, pos] of its own sequence; query head h reads KV head
      * h / (Hq/Hk). p7 workspace of n7 bytes (see attention.h), or NULL · D is at most 512. */
     AE_ATTENTION,
-    /* p0 out [M,I] · p1 gate_up [M,2I] (gate first) · n0 I:  out = gate * sigmoid(gate) * up */
-    AE_SILU_MUL,
     /* p0 out [S,H] · p1 x [T,H] · n0 H:  out[i] = x[sample_rows[i]] */
     AE_SELECT,
     /* p0 x [M,N], summed over all ranks in rank order, in place · p1 ae_comm · n0 N */
@@ -107,6 +104,8 @@ typedef struct ae_thread {
     int tid, nthreads;
     struct ae_team *team;
     void *scratch; /* this thread's own, 64-byte aligned, AE_SCRATCH bytes, not kept between ops */
+    ae_fetch *fetch;       /* this thread's own; kept from op to op */
+    const ae_op *upcoming; /* the next op of the program that reads weights, or NULL */
 } ae_thread;
 
 #define AE_SCRATCH ((size_t)1 << 20)

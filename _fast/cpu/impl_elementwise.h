@@ -1,4 +1,4 @@
-/* Embedding, SiLU * up, and the choice of the sampled rows. */
+/* Embedding, the choice of the sampled rows, and the SiLU * up that ends gated linears. */
 #pragma once
 #include "cpu.h"
 #include "impl_norm.h"
@@ -28,25 +28,6 @@ static void k_embed(const ae_op *op, const ae_step *step, const ae_thread *threa
 AE_INLINE vf silu_mul(vf gate, vf up) {
     vf denominator = vf_add(vf_set(1.0f), vf_exp(vf_sub(vf_zero(), gate)));
     return vf_mul(vf_div(gate, denominator), up);
-}
-
-static void k_silu_mul(const ae_op *op, const ae_step *step, const ae_thread *thread) {
-    enum { CHUNK = 256 };
-    const int64_t I = op->n[0], chunks = (I + CHUNK - 1) / CHUNK;
-    int64_t lo, hi;
-    ae_share(thread, ae_rows_of(op, step) * chunks, 1, &lo, &hi);
-    for (int64_t unit = lo; unit < hi; unit++) {
-        const int64_t m = unit / chunks, begin = unit % chunks * CHUNK;
-        const int64_t n = I - begin < CHUNK ? I - begin : CHUNK;
-        const float *gate = (const float *)op->p[1] + m * 2 * I + begin, *up = gate + I;
-        float *out = (float *)op->p[0] + m * I + begin;
-        int64_t i = 0;
-        for (; i + W <= n; i += W) vf_store(out + i, silu_mul(vf_load(gate + i), vf_load(up + i)));
-        if (i < n) {
-            int rest = (int)(n - i);
-            vf_store_n(out + i, silu_mul(vf_load_n(gate + i, rest), vf_load_n(up + i, rest)), rest);
-        }
-    }
 }
 
 static void k_select(const ae_op *op, const ae_step *step, const ae_thread *thread) {

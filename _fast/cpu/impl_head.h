@@ -11,7 +11,7 @@ static inline int head_k(const ae_step *step, int64_t s) {
 
 static void k_head(const ae_op *op, const ae_step *step, const ae_thread *thread) {
     const linear l = linear_of(op, step);
-    const cut c = cut_linear(&l, 1, thread->nthreads);
+    cut c = begin_linear(op, &l, step, thread);
     ae_best *all = op->p[4], *own = all + thread->tid * l.m;
     float *y = linear_tile(thread);
     int reduced = 0;

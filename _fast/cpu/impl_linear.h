@@ -16,11 +16,10 @@
 #include "impl_quantize.h"
 #include "impl_quantized.h"
 
-/* Rows of an item of a large batch: what they read of x stays in the L2 cache. */
-#define GROUP_ROWS 96
+/* Panels of an item of a large batch. */
 #define GROUP_PANELS 4
-/* A batch of so few rows reads its weights once and is bound by it. */
-#define FEW_ROWS 12
+/* Outputs of an item of a small batch: they stay in the L1 cache until they are finished. */
+#define TILE_FLOATS 8192
 
 static linear linear_of(const ae_op *op, const ae_step *step) {
     linear l = {.x = op->p[1],
@@ -37,24 +36,30 @@ static linear linear_of(const ae_op *op, const ae_step *step) {
     return l;
 }
 
-/* How a call is cut: item i is row group i / chunks, panel chunk i % chunks. */
+/* How a call is cut. The panels of a small batch (linear.h) are shared out evenly: so a thread knows which ones
+ * it will read, and can fetch them in time. Of a large batch item i is row group i / chunks, panel chunk
+ * i % chunks, and goes to whoever is free. */
 typedef struct cut {
+    int64_t panel, stop; /* what is left of this thread's panels of a small batch */
     int64_t group_rows, chunk_panels, chunks, items;
 } cut;
 
 /* `unit`: panels that must not be parted. An item's outputs fit `linear_tile`. */
-static cut cut_linear(const linear *l, int64_t unit, int nthreads) {
-    cut c;
+static cut cut_linear(const linear *l, int64_t unit, const ae_thread *thread) {
+    cut c = {.group_rows = l->m};
     const int64_t units = (l->panels + unit - 1) / unit;
     int64_t chunk; /* in units */
-    if (l->m <= FEW_ROWS) {
-        c.group_rows = l->m;
-        chunk = l->panels >= 32 * nthreads ? (8 + unit - 1) / unit : (units + nthreads - 1) / nthreads;
+    if (is_small(l)) {
+        const int64_t most = TILE_FLOATS / (AE_PANEL * unit * l->m);
+        c.panel = units * thread->tid / thread->nthreads * unit;
+        c.stop = units * (thread->tid + 1) / thread->nthreads * unit;
+        if (c.stop > l->panels) c.stop = l->panels;
+        chunk = most < 1 ? 1 : most < units ? most : units;
     } else {
         const int64_t groups = (l->m + GROUP_ROWS - 1) / GROUP_ROWS;
         c.group_rows = (l->m + groups - 1) / groups;
         chunk = unit < GROUP_PANELS ? GROUP_PANELS / unit : 1;
-        while (chunk > 1 && groups * units < 4 * nthreads * chunk) chunk /= 2;
+        while (chunk > 1 && groups * units < 4 * thread->nthreads * chunk) chunk /= 2;
     }
     c.chunk_panels = chunk * unit;
     c.chunks = (units + chunk - 1) / chunk;
@@ -67,14 +72,49 @@ typedef struct item {
 } item;
 
 /* The next item for this thread; 0 when all are taken. */
-AE_INLINE int next_item(item *it, const linear *l, const cut *c, const ae_thread *thread) {
-    const int64_t i = ae_next(thread, c->items, 1);
-    if (i < 0) return 0;
-    it->row = i / c->chunks * c->group_rows;
-    it->panel = i % c->chunks * c->chunk_panels;
-    it->rows = l->m - it->row < c->group_rows ? l->m - it->row : c->group_rows;
-    it->panels = l->panels - it->panel < c->chunk_panels ? l->panels - it->panel : c->chunk_panels;
+AE_INLINE int next_item(item *it, const linear *l, cut *c, const ae_thread *thread) {
+    int64_t stop = l->panels;
+    if (is_small(l)) {
+        if (c->panel >= c->stop) return 0;
+        *it = (item){.rows = l->m, .panel = c->panel};
+        c->panel += c->chunk_panels;
+        stop = c->stop;
+    } else {
+        const int64_t i = ae_next(thread, c->items, 1);
+        if (i < 0) return 0;
+        it->row = i / c->chunks * c->group_rows;
+        it->panel = i % c->chunks * c->chunk_panels;
+        it->rows = l->m - it->row < c->group_rows ? l->m - it->row : c->group_rows;
+    }
+    it->panels = stop - it->panel < c->chunk_panels ? stop - it->panel : c->chunk_panels;
     return 1;
+}
+
+/* Panels of the output that must not be parted: whole groups of a gated output's quantized rows. */
+static int64_t unit_of(const ae_op *op) {
+    if (op->code != AE_LINEAR || op->n[6] != AE_GATED) return 1;
+    return op->p[4] && op->n[3] > AE_PANEL ? 2 * op->n[3] / AE_PANEL : 2;
+}
+
+static int64_t panel_bytes_of(const linear *l) { return ae_panel_bytes(l->k, l->type, l->group, l->minimum); }
+
+/* This thread's panels of a small batch. */
+static ae_region share_of(const linear *l, const cut *c) {
+    return ae_region_of(l->weight + c->panel * panel_bytes_of(l), (c->stop - c->panel) * panel_bytes_of(l));
+}
+
+/* Cuts the call, and has its weights and those of the next one fetched. */
+static cut begin_linear(const ae_op *op, const linear *l, const ae_step *step, const ae_thread *thread) {
+    const cut c = cut_linear(l, unit_of(op), thread);
+    if (!is_small(l) || c.panel == c.stop) return c;
+    ae_region next = {0};
+    if (thread->upcoming) {
+        const linear after = linear_of(thread->upcoming, step);
+        const cut cut_after = cut_linear(&after, unit_of(thread->upcoming), thread);
+        if (is_small(&after)) next = share_of(&after, &cut_after);
+    }
+    ae_fetch_begin(thread->fetch, l->weight + c.panel * panel_bytes_of(l), (c.stop - c.panel) * panel_bytes_of(l), next);
+    return c;
 }
 
 /* Scratch for the outputs of an item: [rows, panels * 32]. */
@@ -100,8 +140,7 @@ static void linear_item(const linear *l, const item *it, float *out, int64_t str
     if (l->bias) add_bias(out, stride, it->rows, columns, l->bias + it->panel * AE_PANEL);
 }
 
-static void linear_store(const ae_op *op, const linear *l, const ae_thread *thread) {
-    const cut c = cut_linear(l, 1, thread->nthreads);
+static void linear_store(const ae_op *op, const linear *l, cut c, const ae_thread *thread) {
     for (item it; next_item(&it, l, &c, thread);) {
         const int64_t first = it.panel * AE_PANEL, width = it.panels * AE_PANEL;
         const int64_t columns = l->n - first < width ? l->n - first : width;
@@ -109,8 +148,7 @@ static void linear_store(const ae_op *op, const linear *l, const ae_thread *thre
     }
 }
 
-static void linear_add(const ae_op *op, const linear *l, const ae_thread *thread) {
-    const cut c = cut_linear(l, 1, thread->nthreads);
+static void linear_add(const ae_op *op, const linear *l, cut c, const ae_thread *thread) {
     float *tile = linear_tile(thread);
     for (item it; next_item(&it, l, &c, thread);) {
         const int64_t first = it.panel * AE_PANEL, width = it.panels * AE_PANEL;
@@ -131,11 +169,8 @@ AE_INLINE void gate_row(float *out, const float *y, int64_t columns) {
     }
 }
 
-static void linear_gated(const ae_op *op, const linear *l, const ae_thread *thread) {
+static void linear_gated(const ae_op *op, const linear *l, cut c, const ae_thread *thread) {
     const int64_t I = l->n / 2, group = op->n[3];
-    /* Items cover whole groups of the quantized output. */
-    const int64_t unit = op->p[4] && group > AE_PANEL ? 2 * group / AE_PANEL : 2;
-    const cut c = cut_linear(l, unit, thread->nthreads);
     float *tile = linear_tile(thread);
     for (item it; next_item(&it, l, &c, thread);) {
         const int64_t first = it.panel / 2 * AE_PANEL, stride = it.panels * AE_PANEL;
@@ -155,14 +190,14 @@ static void linear_gated(const ae_op *op, const linear *l, const ae_thread *thre
 
 static void k_linear(const ae_op *op, const ae_step *step, const ae_thread *thread) {
     const linear l = linear_of(op, step);
+    const cut c = begin_linear(op, &l, step, thread);
     if (op->n[6] == AE_GATED)
-        linear_gated(op, &l, thread);
+        linear_gated(op, &l, c, thread);
     else if (op->n[6] == AE_ADD)
-        linear_add(op, &l, thread);
+        linear_add(op, &l, c, thread);
     else
-        linear_store(op, &l, thread);
+        linear_store(op, &l, c, thread);
 }
 
-#undef GROUP_ROWS
 #undef GROUP_PANELS
-#undef FEW_ROWS
+#undef TILE_FLOATS

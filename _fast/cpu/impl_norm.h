@@ -59,15 +59,3 @@ static void k_rms_norm(const ae_op *op, const ae_step *step, const ae_thread *th
         norm_row(out_row(op, m, H), out_row8(op, m, H), op->n[3], (const float *)op->p[1] + m * H, op->p[2], H,
                  op->f[0]);
 }
-
-static void k_add_rms_norm(const ae_op *op, const ae_step *step, const ae_thread *thread) {
-    const int64_t H = op->n[0];
-    int64_t lo, hi;
-    ae_share(thread, ae_rows_of(op, step), 1, &lo, &hi);
-    for (int64_t m = lo; m < hi; m++) {
-        float *residual = (float *)op->p[1] + m * H;
-        const float *x = (const float *)op->p[2] + m * H;
-        for (int64_t i = 0; i < H; i++) residual[i] += x[i];
-        norm_row(out_row(op, m, H), out_row8(op, m, H), op->n[3], residual, op->p[3], H, op->f[0]);
-    }
-}

@@ -70,8 +70,11 @@ static double peak_read(const ae_peak *peak, const ae_thread *thread) {
     ae_share(thread, peak->bytes, 4096, &lo, &hi);
     vf sum[4];
     EACH(i, 4) sum[i] = vf_zero();
+    ae_fetch fetch = {0};
+    ae_fetch_begin(&fetch, peak->data + lo, hi - lo, (ae_region){0});
+    ae_fetch_allow(&fetch, hi - lo);
     for (const char *p = peak->data + lo, *end = peak->data + hi; p < end; p += 256) {
-        EACH(i, 4) __builtin_prefetch(p + 4096 + 64 * i);
+        if ((p - peak->data) % AE_FETCH_BYTES == 0) ae_fetch_more(&fetch);
         for (int j = 0; j < 256; j += 16 * W)
             EACH(i, 4) sum[i] = vf_add(sum[i], vf_load((const float *)(p + j + 4 * W * i)));
     }

@@ -1,8 +1,6 @@
 /* Products with quantized weights (quantized.h): codes times codes in integers, group by group.
  *
- * The work of a chunk goes by pieces: a panel, or for few rows several, times a block of columns. A tile is a
- * piece times the rows whose sums, in integers and in floats, fit the registers. Between blocks the float sums
- * wait in `out`. While a piece is computed, the next one is fetched into the L2 cache.
+ * A tile is a block of columns of a panel, times some rows. Between blocks the float sums wait in `out`.
  *
  * 4-bit codes are spread to bytes by every tile anew: that is hidden behind the dot products, where a copy in
  * bytes would double what is read.
@@ -16,19 +14,14 @@
 /* A panel of bytes, its scales and a tile's x fit the L1 cache. */
 #define BLOCK_COLUMNS 768
 #define BLOCK_GROUPS (BLOCK_COLUMNS / 32)
-#define CHUNK_ROWS 128 /* whose int_row fit the scratch */
 
-/* The largest tile, and the most panels of a piece: its sums, integer and float, fit the registers. */
-#define MAX_TILE_ROWS 7
+/* Rows of the largest tile, whose sums, in integers and in floats, fit the registers. */
 #if defined(AE_LEVEL_AVX512VNNI)
 #define TILE_ROWS 7
-#define TILE_PANELS(rows) ((rows) == 1 ? 4 : (rows) <= 3 ? 2 : 1)
 #elif defined(AE_LEVEL_AVX512)
 #define TILE_ROWS 6
-#define TILE_PANELS(rows) ((rows) == 1 ? 2 : 1)
 #else
 #define TILE_ROWS 2
-#define TILE_PANELS(rows) 1
 #endif
 
 /* Of one row in a block, by group: where its sums start (INT_BIAS less what the weights' zero adds), its
@@ -37,29 +30,26 @@ typedef struct int_row {
     int32_t start[BLOCK_GROUPS];
     float scale[BLOCK_GROUPS], scaled_sum[BLOCK_GROUPS];
 } int_row;
-_Static_assert(sizeof(int_row) * CHUNK_ROWS <= AE_SCRATCH / 2, "does not fit the scratch");
+/* How many of them fit the scratch. */
+#define MAX_PREPARED ((int64_t)(AE_SCRATCH / 2 / sizeof(int_row)))
 
 typedef struct int_tile {
     const int8_t *x;
     const int_row *rows;
-    const char *w;        /* group 0 of panel 0 */
-    int64_t w_stride;     /* bytes between panels */
+    const char *w; /* group 0 of the panel */
     int64_t x_stride, group, groups;
-    const char *ahead;    /* what this tile fetches of the next piece: so many lines of each panel per group */
-    int64_t ahead_lines;
+    ae_fetch *fetch;
+    int64_t every; /* bytes of weights after which it is asked for more: other tiles read the same ones */
     float *out;
-    int64_t out_stride, columns; /* columns that exist from the first panel on */
+    int64_t out_stride, columns; /* columns that exist */
     int minimum, resume;
 } int_tile;
 
 #define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
 #define PANEL_VECTORS (AE_PANEL / W)
-#define LANE(v) ((v) % PANEL_VECTORS * W)
 /* Three rows share a base address, so that the addresses of all rows fit the registers. */
 #define X(m, k) signed4_set(*(const int32_t *)(x[(m) / 3] + (m) % 3 * stride + (k)))
-#define CODES(v, k) vi_fetch(line + (v) / PANEL_VECTORS * t->w_stride + ((k) * AE_PANEL + LANE(v)) * 4)
-
-#define HALVES(v) ((const uint16_t *)(w + (v) / PANEL_VECTORS * t->w_stride) + LANE(v))
+#define CODES(v, k) vi_fetch(line + ((k) * AE_PANEL + (v) * W) * 4)
 
 /* Columns of vector v that exist. */
 AE_INLINE int lanes(const int_tile *t, int v) {
@@ -67,117 +57,106 @@ AE_INLINE int lanes(const int_tile *t, int v) {
     return exist >= W ? W : exist > 0 ? (int)exist : 0;
 }
 
-AE_INLINE void int_run(const int_tile *t, const int bits, const int rows, const int panels) {
-    const int vectors = panels * PANEL_VECTORS;
+AE_INLINE void int_run(const int_tile *t, const int bits, const int rows) {
     const int64_t stride = t->x_stride;
-    vf total[MAX_TILE_ROWS][8];
-    if (!t->resume)
-        EACH(m, rows) EACH(v, vectors) total[m][v] = vf_zero();
-    else
-        EACH(m, rows) EACH(v, vectors) total[m][v] = vf_load_n(t->out + m * t->out_stride + v * W, lanes(t, v));
+    vf total[TILE_ROWS][8];
+    EACH(v, PANEL_VECTORS) {
+        const float *out = t->out + v * W;
+        const int n = t->resume ? lanes(t, v) : 0;
+        if (n == 0)
+            EACH(m, rows) total[m][v] = vf_zero();
+        else if (n == W)
+            EACH(m, rows) total[m][v] = vf_load(out + m * t->out_stride);
+        else
+            EACH(m, rows) total[m][v] = vf_load_n(out + m * t->out_stride, n);
+    }
     const int8_t *x[3] = {t->x, t->x + 3 * stride, t->x + 6 * stride};
     const int64_t group_bytes = ae_group_bytes(bits == 8 ? AE_Q8 : AE_Q4, t->group, t->minimum);
     const int64_t header = t->minimum ? 128 : 64;
-    const char *w = t->w, *ahead = t->ahead;
+    const char *w = t->w;
+    int64_t unread = 0;
     for (int64_t g = 0; g < t->groups; g++, w += group_bytes) {
-        vi sum[MAX_TILE_ROWS][8];
-        EACH(m, rows) EACH(v, vectors) sum[m][v] = vi_start(&t->rows[m].start[g]);
+        vi sum[TILE_ROWS][8];
+        EACH(m, rows) EACH(v, PANEL_VECTORS) sum[m][v] = vi_start(&t->rows[m].start[g]);
         const char *line = w + header;
         for (int64_t left = t->group; left; left -= 32) {
             if (bits == 4) {
                 EACH(k, 4) {
                     codes low[8], high[8];
-                    EACH(v, vectors) {
+                    EACH(v, PANEL_VECTORS) {
                         const vi both = CODES(v, k);
                         low[v] = codes_of(vi_low_nibbles(both));
                         high[v] = codes_of(vi_high_nibbles(both));
                     }
                     EACH(m, rows) {
                         const signed4 a = X(m, 8 * k), b = X(m, 8 * k + 4);
-                        EACH(v, vectors) sum[m][v] = dot(sum[m][v], low[v], a);
-                        EACH(v, vectors) sum[m][v] = dot(sum[m][v], high[v], b);
+                        EACH(v, PANEL_VECTORS) sum[m][v] = dot(sum[m][v], low[v], a);
+                        EACH(v, PANEL_VECTORS) sum[m][v] = dot(sum[m][v], high[v], b);
                     }
                 }
                 line += 16 * AE_PANEL;
             } else {
                 EACH(k, 8) {
                     codes both[8];
-                    EACH(v, vectors) both[v] = codes_of(CODES(v, k));
+                    EACH(v, PANEL_VECTORS) both[v] = codes_of(CODES(v, k));
                     EACH(m, rows) {
                         const signed4 a = X(m, 4 * k);
-                        EACH(v, vectors) sum[m][v] = dot(sum[m][v], both[v], a);
+                        EACH(v, PANEL_VECTORS) sum[m][v] = dot(sum[m][v], both[v], a);
                     }
                 }
                 line += 32 * AE_PANEL;
             }
             EACH(i, (rows + 2) / 3) x[i] += 32;
         }
-        for (int64_t i = 0; i < t->ahead_lines; i++, ahead += 64)
-            EACH(p, panels) __builtin_prefetch(ahead + p * t->w_stride, 0, 2);
-        EACH(v, vectors) {
-            const vf d = vf_load_f16(HALVES(v)), biased = vf_mul(d, vf_set(-INT_BIAS_FLOAT));
+        for (unread -= group_bytes; unread < 0; unread += t->every) ae_fetch_more(t->fetch);
+        EACH(v, PANEL_VECTORS) {
+            const vf d = vf_load_f16((const uint16_t *)w + v * W), biased = vf_mul(d, vf_set(-INT_BIAS_FLOAT));
             EACH(m, rows) total[m][v] = add_scaled(total[m][v], sum[m][v], d, biased, &t->rows[m].scale[g]);
         }
     }
     if (t->minimum) {
         w = t->w;
         for (int64_t g = 0; g < t->groups; g++, w += group_bytes)
-            EACH(v, vectors) {
-                const vf minima = vf_load_f16(HALVES(v) + AE_PANEL);
+            EACH(v, PANEL_VECTORS) {
+                const vf minima = vf_load_f16((const uint16_t *)w + AE_PANEL + v * W);
                 EACH(m, rows) total[m][v] = vf_fma(minima, vf_set(t->rows[m].scaled_sum[g]), total[m][v]);
             }
     }
-    if (t->columns >= vectors * W)
-        EACH(m, rows) EACH(v, vectors) vf_store(t->out + m * t->out_stride + v * W, total[m][v]);
-    else
-        EACH(m, rows) EACH(v, vectors) vf_store_n(t->out + m * t->out_stride + v * W, total[m][v], lanes(t, v));
+    EACH(v, PANEL_VECTORS) {
+        float *out = t->out + v * W;
+        const int n = lanes(t, v);
+        if (n == W)
+            EACH(m, rows) vf_store(out + m * t->out_stride, total[m][v]);
+        else
+            EACH(m, rows) vf_store_n(out + m * t->out_stride, total[m][v], n);
+    }
 }
 
 typedef void (*int_fn)(const int_tile *);
 
-#define TILE_OF(rows, panels)                                                                  \
-    static void int_q8_##rows##_##panels(const int_tile *t) { int_run(t, 8, rows, panels); } \
-    static void int_q4_##rows##_##panels(const int_tile *t) { int_run(t, 4, rows, panels); }
-#define ENTRY(rows, panels) {int_q8_##rows##_##panels, int_q4_##rows##_##panels}
+#define TILE(rows)                                                         \
+    static void int_q8_##rows(const int_tile *t) { int_run(t, 8, rows); } \
+    static void int_q4_##rows(const int_tile *t) { int_run(t, 4, rows); }
+#define ENTRY(rows) {int_q8_##rows, int_q4_##rows}
 
-TILE_OF(1, 1) TILE_OF(2, 1)
+TILE(1) TILE(2)
 #if TILE_ROWS >= 6
-TILE_OF(3, 1) TILE_OF(4, 1) TILE_OF(5, 1) TILE_OF(6, 1) TILE_OF(1, 2)
+TILE(3) TILE(4) TILE(5) TILE(6)
 #endif
 #if TILE_ROWS >= 7
-TILE_OF(7, 1) TILE_OF(2, 2) TILE_OF(3, 2) TILE_OF(1, 4)
+TILE(7)
 #endif
 
-/* By width; then 8 and 4 bits. */
-static int_fn int_tile_for(int64_t rows, int64_t panels, int narrow) {
-    static const int_fn single[TILE_ROWS][2] = {
-        ENTRY(1, 1), ENTRY(2, 1),
+/* By rows - 1; 8 and 4 bits. */
+static const int_fn int_tiles[TILE_ROWS][2] = {
+    ENTRY(1), ENTRY(2),
 #if TILE_ROWS >= 6
-        ENTRY(3, 1), ENTRY(4, 1), ENTRY(5, 1), ENTRY(6, 1),
+    ENTRY(3), ENTRY(4), ENTRY(5), ENTRY(6),
 #endif
 #if TILE_ROWS >= 7
-        ENTRY(7, 1),
+    ENTRY(7),
 #endif
-    };
-#if TILE_ROWS >= 7
-    static const int_fn wide[3][2] = {ENTRY(1, 2), ENTRY(2, 2), ENTRY(3, 2)}, widest[2] = ENTRY(1, 4);
-    if (panels == 4) return widest[narrow];
-    if (panels == 2) return wide[rows - 1][narrow];
-#elif TILE_ROWS >= 6
-    static const int_fn wide[2] = ENTRY(1, 2);
-    if (panels == 2) return wide[narrow];
-#else
-    (void)panels;
-#endif
-    return single[rows - 1][narrow];
-}
-
-/* The largest piece of at most `panels` panels. */
-static int64_t piece_panels(int64_t rows, int64_t panels) {
-    int64_t most = TILE_PANELS(rows);
-    while (most > panels) most /= 2;
-    return most;
-}
+};
 
 static void prepare_row(int_row *out, const int8_t *row8, const linear *l, int64_t first, int64_t groups) {
     const float *scale = ae_row8_scales(row8, l->k, l->group) + first;
@@ -190,72 +169,117 @@ static void prepare_row(int_row *out, const int8_t *row8, const linear *l, int64
     }
 }
 
-/* A piece times all rows of a chunk; `t` is set but for what depends on the tile. */
-static void int_piece(int_tile t, int64_t rows, int64_t panels, int narrow, const char *next) {
+/* A block of a panel times all rows of a chunk. */
+static void int_piece(int_tile t, int64_t rows, int narrow) {
     const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    const int64_t lines = ae_group_bytes(narrow ? AE_Q4 : AE_Q8, t.group, t.minimum) / 64;
     const int_tile first = t;
-    t.ahead_lines = (lines + tiles - 1) / tiles;
+    t.every = FETCH_EVERY * tiles;
+    ae_fetch_allow(t.fetch, t.groups * ae_group_bytes(narrow ? AE_Q4 : AE_Q8, t.group, t.minimum));
     for (int64_t i = 0; i < tiles; i++) {
         const int64_t row = rows * i / tiles, count = rows * (i + 1) / tiles - row;
         t.x = first.x + row * t.x_stride;
         t.rows = first.rows + row;
         t.out = first.out + row * t.out_stride;
-        t.ahead = next + i * t.ahead_lines * t.groups * 64;
-        int_tile_for(count, panels, narrow)(&t);
+        int_tiles[count - 1][narrow](&t);
     }
 }
 
-/* See linear_chunk. */
+/* A chunk cut into blocks of columns; of each row and block `prepared` holds an int_row. */
+typedef struct int_chunk {
+    const linear *l;
+    const int8_t *x;
+    int_row *prepared;
+    const char *weight;
+    int64_t rows, panels, blocks, row_bytes, panel_bytes, group_bytes;
+    float *out;
+    int64_t stride, columns;
+    ae_fetch *fetch;
+} int_chunk;
+
+static int64_t first_group(const int_chunk *c, int64_t block) {
+    return ae_groups(c->l->k, c->l->group) * block / c->blocks;
+}
+
+static void prepare_block(const int_chunk *c, int64_t block, int_row *prepared) {
+    const int64_t first = first_group(c, block), groups = first_group(c, block + 1) - first;
+    for (int64_t r = 0; r < c->rows; r++)
+        prepare_row(prepared + r, c->x + r * c->row_bytes, c->l, first, groups);
+}
+
+static int_tile tile_at(const int_chunk *c, int64_t block, const int_row *prepared, int64_t panel) {
+    const int64_t first = first_group(c, block);
+    return (int_tile){.x = c->x + first * c->l->group,
+                      .rows = prepared,
+                      .w = c->weight + panel * c->panel_bytes + first * c->group_bytes,
+                      .x_stride = c->row_bytes,
+                      .group = c->l->group,
+                      .groups = first_group(c, block + 1) - first,
+                      .fetch = c->fetch,
+                      .out = c->out + panel * AE_PANEL,
+                      .out_stride = c->stride,
+                      .columns = c->columns - panel * AE_PANEL,
+                      .minimum = c->l->minimum,
+                      .resume = block > 0};
+}
+
+/* Panel by panel: from front to back, as they are fetched. */
+static void by_panels(const int_chunk *c) {
+    for (int64_t b = 0; b < c->blocks; b++) prepare_block(c, b, c->prepared + b * c->rows);
+    for (int64_t p = 0; p < c->panels; p++)
+        for (int64_t b = 0; b < c->blocks; b++)
+            int_piece(tile_at(c, b, c->prepared + b * c->rows, p), c->rows, c->l->type == AE_Q4);
+}
+
+/* Block by block, so that x and what is known of it stay in the L2 cache; a piece is fetched while the one before
+ * is multiplied. */
+static void by_blocks(const int_chunk *c) {
+    for (int64_t b = 0; b < c->blocks; b++) {
+        prepare_block(c, b, c->prepared);
+        for (int64_t p = 0; p < c->panels; p++) {
+            const int_tile t = tile_at(c, b, c->prepared, p);
+            const char *next = p + 1 < c->panels ? t.w + c->panel_bytes
+                               : b + 1 < c->blocks   ? c->weight + first_group(c, b + 1) * c->group_bytes
+                                                     : NULL;
+            const int64_t bytes = t.groups * c->group_bytes;
+            ae_fetch_begin(c->fetch, t.w, bytes, ae_region_of(next, next ? bytes : 0));
+            int_piece(t, c->rows, c->l->type == AE_Q4);
+        }
+    }
+}
+
+/* See impl_linear.h. */
 static void quantized_chunk(const linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels,
                             float *out, int64_t stride, int64_t columns, const ae_thread *thread) {
-    int_row *prepared = thread->scratch;
-    const int64_t row_bytes = ae_row8_bytes(l->k, l->group), all = ae_groups(l->k, l->group);
-    const int64_t panel_bytes = ae_panel_bytes(l->k, l->type, l->group, l->minimum);
-    const int64_t group_bytes = ae_group_bytes(l->type, l->group, l->minimum);
-    const int64_t most = BLOCK_COLUMNS / l->group, blocks = (all + most - 1) / most;
-    for (; rows > 0; row += CHUNK_ROWS, rows -= CHUNK_ROWS, out += CHUNK_ROWS * stride) {
-        const int64_t taken = rows < CHUNK_ROWS ? rows : CHUNK_ROWS;
-        const int8_t *x = (const int8_t *)l->x + row * row_bytes;
-        for (int64_t b = 0; b < blocks; b++) {
-            const int64_t first = all * b / blocks, groups = all * (b + 1) / blocks - first;
-            const char *block = l->weight + panel * panel_bytes + first * group_bytes;
-            for (int64_t r = 0; r < taken; r++)
-                prepare_row(prepared + r, x + r * row_bytes, l, first, groups);
-            for (int64_t p = 0, count; p < panels; p += count) {
-                count = piece_panels(taken, panels - p);
-                const int_tile t = {.x = x + first * l->group,
-                                    .rows = prepared,
-                                    .w = block + p * panel_bytes,
-                                    .w_stride = panel_bytes,
-                                    .x_stride = row_bytes,
-                                    .group = l->group,
-                                    .groups = groups,
-                                    .out = out + p * AE_PANEL,
-                                    .out_stride = stride,
-                                    .columns = columns - p * AE_PANEL,
-                                    .minimum = l->minimum,
-                                    .resume = b > 0};
-                /* After the last panels come the first ones' next block, or those of the next chunk. */
-                const int turn = p + count == panels && b + 1 < blocks;
-                const char *next = turn ? block + groups * group_bytes : t.w + count * panel_bytes;
-                int_piece(t, taken, count, l->type == AE_Q4, next);
-            }
-        }
+    const int64_t most = BLOCK_COLUMNS / l->group;
+    int_chunk c = {.l = l,
+                   .prepared = thread->scratch,
+                   .panels = panels,
+                   .blocks = (ae_groups(l->k, l->group) + most - 1) / most,
+                   .row_bytes = ae_row8_bytes(l->k, l->group),
+                   .panel_bytes = ae_panel_bytes(l->k, l->type, l->group, l->minimum),
+                   .group_bytes = ae_group_bytes(l->type, l->group, l->minimum),
+                   .stride = stride,
+                   .columns = columns,
+                   .fetch = thread->fetch};
+    c.weight = l->weight + panel * c.panel_bytes;
+    for (int64_t done = 0; done < rows; done += c.rows) {
+        c.rows = rows - done < MAX_PREPARED ? rows - done : MAX_PREPARED;
+        c.x = (const int8_t *)l->x + (row + done) * c.row_bytes;
+        c.out = out + done * stride;
+        if (is_small(l) && c.rows * c.blocks <= MAX_PREPARED)
+            by_panels(&c);
+        else
+            by_blocks(&c);
     }
 }
 
 #undef BLOCK_COLUMNS
 #undef BLOCK_GROUPS
-#undef CHUNK_ROWS
+#undef MAX_PREPARED
 #undef TILE_ROWS
-#undef TILE_PANELS
-#undef MAX_TILE_ROWS
+#undef TILE
 #undef EACH
 #undef PANEL_VECTORS
-#undef LANE
 #undef X
 #undef CODES
-#undef HALVES
-#undef TILE_OF
 #undef ENTRY

@@ -17,11 +17,9 @@ const ae_kernels AE_KERNELS = {
         {
             [AE_EMBED] = k_embed,
             [AE_RMS_NORM] = k_rms_norm,
-            [AE_ADD_RMS_NORM] = k_add_rms_norm,
             [AE_LINEAR] = k_linear,
             [AE_ROPE_KV] = k_rope_kv,
             [AE_ATTENTION] = k_attention,
-            [AE_SILU_MUL] = k_silu_mul,
             [AE_SELECT] = k_select,
             [AE_ALL_REDUCE] = ae_all_reduce,
             [AE_ALL_GATHER] = ae_all_gather,

@@ -23,4 +23,6 @@ void *ae_map(size_t bytes) {
     return p + before;
 }
 
+int ae_discard(void *address, size_t bytes) { return madvise(address, mapped(bytes), MADV_DONTNEED); }
+
 void ae_unmap(void *address, size_t bytes) { munmap(address, mapped(bytes)); }

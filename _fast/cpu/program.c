@@ -7,12 +7,23 @@ typedef struct replay {
     const ae_step *step;
 } replay;
 
+static int reads_weights(const ae_op *op, const ae_step *step) {
+    return (op->code == AE_LINEAR || op->code == AE_HEAD) && ae_rows_of(op, step) > 0;
+}
+
 static void replay_ops(void *arg, const ae_thread *thread) {
     const replay *r = arg;
+    ae_fetch fetch = {0};
+    ae_thread view = *thread;
+    view.fetch = &fetch;
+    int64_t upcoming = 0;
     for (int64_t i = 0; i < r->count; i++) {
         const ae_op *op = &r->ops[i];
         if (ae_rows_of(op, r->step) == 0) continue;
-        r->kernels->ops[op->code](op, r->step, thread);
+        if (upcoming <= i) upcoming = i + 1;
+        while (upcoming < r->count && !reads_weights(&r->ops[upcoming], r->step)) upcoming++;
+        view.upcoming = upcoming < r->count ? &r->ops[upcoming] : NULL;
+        r->kernels->ops[op->code](op, r->step, &view);
         if (i + 1 < r->count) ae_barrier(thread); /* the job's end is a barrier too */
     }
 }

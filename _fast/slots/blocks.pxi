@@ -7,6 +7,7 @@
 # The free list is circular and doubly linked through `next`/`prev`; position `num_blocks` is its
 # sentinel. Blocks are taken from the front; what is worth keeping is put at the back, so reuse is LRU.
 
+@cython.final
 cdef class BlockPool:
     """KV blocks by number: allocation, sharing, and an index from content to block.
 

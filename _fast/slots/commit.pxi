@@ -20,10 +20,11 @@ cdef bint _check_result(const uint8_t[::1] result, int epoch, int step, int coun
 
 cdef tuple _commit(SlotTable table, const uint8_t[::1] result):
     cdef list progressed = [], tokens = [], ended = [], sampled = None
-    cdef Py_ssize_t i
-    cdef int step, count, planned, row = 0
+    cdef Py_ssize_t i, rows
+    cdef int step, count, planned, row = 0, got, j
     cdef bytes record
-    cdef Row* memo
+    cdef const Row* memo
+    cdef const uint8_t* samples
     cdef Slot* s
     if not table.records:
         raise RuntimeError("a result came though no step is in flight")
@@ -32,53 +33,54 @@ cdef tuple _commit(SlotTable table, const uint8_t[::1] result):
         sampled = [None] * count
     table.records.popleft()
     table.sampled_only = planned if planned == count else 0
-    memo = <Row*><char*>record
-    for i in range(<Py_ssize_t>(len(record) // sizeof(Row))):
-        s = &table.slots[memo[i].slot]
-        if s.used and s.epoch == memo[i].epoch:
-            count = <int>len(tokens)
-            _commit_row(table, s, &memo[i], result, row, tokens, ended)
-            count = <int>len(tokens) - count
-            owner = table.owners[memo[i].slot]
-            progressed.extend([owner] * count)
+    samples = &result[0] + HEADER * sizeof(int32_t)
+    memo = <const Row*><char*>record
+    rows = len(record) // <Py_ssize_t>sizeof(Row)
+    for i in range(rows):
+        s = &table.slots[memo.slot]
+        if s.used and s.epoch == memo.epoch:
+            owner = table.owners[memo.slot]
+            got = _commit_row(table, s, memo, samples, row, owner, progressed, tokens, ended)
             if sampled is not None:
-                sampled[row : row + count] = [owner] * count
-        row += memo[i].sampled
+                for j in range(row, row + got):
+                    sampled[j] = owner
+        row += memo.sampled
+        memo += 1
     return progressed, tokens, ended, sampled
 
 
-cdef int _commit_row(
-    SlotTable table, Slot* s, const Row* memo, const uint8_t[::1] result, int row, list tokens, list ended
+cdef inline int _commit_row(
+    SlotTable table, Slot* s, const Row* memo, const uint8_t* samples, int first, object owner,
+    list progressed, list tokens, list ended,
 ) except -1:
-    """Appends the tokens of a row whose first sample is the result's number `row`: all up to an ending, or
-    up to the first that is not the draft token in its place."""
-    cdef int i, wrong = 0
+    """Appends the tokens of a row whose first sample is number `first`: all up to an ending, or up to the
+    first that is not the draft token in its place. How many these are."""
+    cdef int got = 0, wrong
     cdef int32_t token
-    cdef bint ends = False, hit = True
-    owner = table.owners[memo.slot]
+    cdef bint goes_on = True
     s.inflight -= memo.sampled
-    for i in range(memo.sampled):
-        if ends or not hit:
-            wrong += 1
-            continue
-        memcpy(&token, &result[sizeof(int32_t) * (HEADER + row + i)], sizeof(int32_t))
+    while got < memo.sampled and goes_on:
+        memcpy(&token, samples + sizeof(int32_t) * (first + got), sizeof(int32_t))
         if token < 0:
             _distrust(table, s)
-            ended.append((owner, "error", row + i))
-            return 0
-        hit = _came_true(s, token)
+            ended.append((owner, "error", first + got))
+            return got
+        goes_on = _came_true(s, token)
         _push(&s.tokens, 1)[0] = token
         s.known += 1
+        got += 1
+        progressed.append(owner)
         tokens.append(token)
-        ends = True
         if s.known > s.min_len and not s.ignore_eos and _in(token, table.eos, table.num_eos):
             ended.append((owner, "stop", None))
+            break
         elif s.known > s.min_len and _in(token, s.stops, s.num_stops):
             ended.append((owner, "stop", token))
+            break
         elif s.known == s.max_len:
             ended.append((owner, "length", None))
-        else:
-            ends = False
+            break
+    wrong = memo.sampled - got
     if memo.sampled > 1:
         table.drafts += 1
         table.draft_tokens += s.drafts
@@ -91,7 +93,7 @@ cdef int _commit_row(
             s.hash = table.pool._extend(s.hash, s.tokens.at + s.published * table.pool.block_size)
             table.pool._publish(s.blocks.at[s.published], s.hash)
             s.published += 1
-    return 0
+    return got
 
 
 cdef void _distrust(SlotTable table, Slot* s) noexcept:

@@ -17,15 +17,6 @@ cdef inline bint _decodes(const Slot* s) noexcept:
     return s.known + s.inflight - s.computed == 1 and s.computed + 1 < s.max_len
 
 
-cdef bint _predict(Slot* s, const Lookup* l, int* room) except -1:
-    """Whether there is a prediction for the token at position `known`."""
-    if s.source < 0:
-        _index(&s.ngrams, l, s.tokens.at, s.known - 1, room)
-        if s.ngrams.indexed >= s.known - 1:
-            s.source = _find_suffix(&s.ngrams, l, s.tokens.at, s.known)
-    return s.source >= 0
-
-
 cdef inline bint _came_true(Slot* s, int32_t token) noexcept:
     """Learns from the token at position `known`, which is not among the tokens yet, whether it was the
     predicted one."""

@@ -21,59 +21,47 @@ cdef struct Lookup:  # what all sequences share
     uint64_t key  # odd
 
 
-cdef inline int32_t* _cell(
-    const NGrams* g, const Lookup* l, const int32_t* tokens, int end, int n, uint64_t h
-) noexcept:
-    """The cell of the n-gram that ends at position `end`, or the vacant one where it would stand."""
-    cdef int32_t* table = g.cells + (n - l.least) * g.capacity
-    cdef int64_t mask = g.capacity - 1, i = <int64_t>((h ^ (h >> 32)) * l.key >> 32) & mask
-    while table[i] and memcmp(
-        &tokens[table[i] - n], &tokens[end - n + 1], n * sizeof(int32_t)
-    ):
-        i = (i + 1) & mask
-    return &table[i]
+cdef inline bint _same(const int32_t* a, const int32_t* b, int n) noexcept:
+    """Whether the n tokens before `a` are those before `b`."""
+    cdef int i
+    for i in range(1, n + 1):
+        if a[-i] != b[-i]:
+            return False
+    return True
 
 
-cdef int _index(NGrams* g, const Lookup* l, const int32_t* tokens, int end, int* room) except -1:
-    """Enters the n-grams that end before position `end`, at most `room` ends, which is lowered.
+cdef int _index(NGrams* g, const Lookup* l, const int32_t* tokens, int known, int* room) except -2:
+    """Enters the n-grams of the first `known` tokens, at most those of `room` ends, which is lowered.
 
-    Tables that become full are made anew, from the start, so that no call takes long.
+    The position after the latest earlier occurrence of the longest n-gram that ends these tokens; -1 if there
+    is none, or if this call did not come to enter it. Tables that become full are made anew, from the start,
+    so that no call takes long.
     """
-    cdef int n
+    cdef int n, end, found = -1
     cdef uint64_t h
+    cdef int32_t* table
+    cdef int64_t i, mask
     cdef size_t tables = l.most - l.least + 1
-    while g.indexed < end and room[0]:
+    while g.indexed < known and room[0]:
         if 4 * <int64_t>g.indexed >= 3 * g.capacity:
             free(g.cells)
             g.cells, g.capacity, g.indexed = NULL, MIN_CELLS, 0
-            while g.capacity < 2 * <int64_t>end:
+            while g.capacity < 2 * <int64_t>known:
                 g.capacity *= 2
             g.cells = <int32_t*>_alloc(tables * g.capacity * sizeof(int32_t))
-        h = 0
-        for n in range(1, min(l.most, g.indexed + 1) + 1):
-            h = (h ^ <uint32_t>tokens[g.indexed - n + 1]) * l.key
-            h ^= h >> 29
-            if n >= l.least:
-                _cell(g, l, tokens, g.indexed, n, h)[0] = g.indexed + 1
         g.indexed += 1
         room[0] -= 1
-    return 0
-
-
-cdef int _find_suffix(const NGrams* g, const Lookup* l, const int32_t* tokens, int known) noexcept:
-    """The position after the latest occurrence of the longest n-gram that ends the first `known` tokens and
-    is in the tables; -1 if there is none."""
-    cdef uint64_t h = 0
-    cdef int n, found = -1
-    cdef int32_t cell
-    if g.capacity == 0:
-        return -1
-    for n in range(1, min(l.most, known) + 1):
-        h = (h ^ <uint32_t>tokens[known - n]) * l.key
-        h ^= h >> 29
-        if n >= l.least:
-            cell = _cell(g, l, tokens, known - 1, n, h)[0]
-            if cell == 0:
-                break  # a longer one ends with this one, so it is not there either
-            found = cell
-    return found
+        h, end, found, table, mask = 0, g.indexed, -1, g.cells, g.capacity - 1
+        for n in range(1, min(l.most, end) + 1):
+            h = (h ^ <uint32_t>tokens[end - n]) * l.key
+            h ^= h >> 29
+            if n < l.least:
+                continue
+            i = <int64_t>((h ^ (h >> 32)) * l.key >> 32) & mask
+            while table[i] and not _same(tokens + table[i], tokens + end, n):
+                i = (i + 1) & mask
+            if table[i]:
+                found = table[i]
+            table[i] = end
+            table += g.capacity
+    return found if g.indexed == known else -1

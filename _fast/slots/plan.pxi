@@ -8,6 +8,7 @@ cdef enum:
     VERIFY = 4
 
 
+@cython.final
 cdef class PlanBuffer:
     """The parts of one plan, gathered in any order and joined at the end; reused for every step."""
 

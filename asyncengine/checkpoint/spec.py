@@ -11,8 +11,8 @@ import msgspec
 __all__ = ["DType", "KVDType", "ModelSpec", "RopeScaling"]
 
 DType = Literal["float32", "bfloat16", "float16"]
-KVDType = Literal["float32", "bfloat16", "float16", "int8"]
-"""Type of stored keys and values; int8 has a scale for every token and head."""
+KVDType = Literal["float32", "bfloat16", "float16", "int8", "fp8_e4m3"]
+"""Type of stored keys and values; int8 has a scale for every token and head, fp8 one for all."""
 
 
 class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):

@@ -139,7 +139,7 @@ async def start(args: EngineArgs, on_progress: Callable[[ProgressEvent], None] |
     raise AssertionError("an exit stack does not swallow exceptions")
 
 
-def _find(args: EngineArgs, on_progress: OnProgress) -> tuple[ModelFiles, ModelSpec]:
+def _find(args: EngineArgs, on_progress: OnProgress) -> tuple[ModelFiles, ModelSpec, EngineConfig]:
     files = resolve_model(
         args.model,
         revision=args.revision,
@@ -148,7 +148,8 @@ def _find(args: EngineArgs, on_progress: OnProgress) -> tuple[ModelFiles, ModelS
         load_format=args.load_format,
         on_progress=on_progress,
     )
-    return files, load_spec(files, args.hf_overrides)
+    spec = load_spec(files, args.hf_overrides)
+    return files, spec, resolve(args, spec, is_gguf=files.kind == "gguf")  # asks the driver: may take a while
 
 
 async def _config(started: Started) -> int:
@@ -159,15 +160,18 @@ async def _config(started: Started) -> int:
     def progress(done: int, total: int, unit: str) -> None:
         loop.call_soon_threadsafe(started.progress, "config", done, total, unit, "downloading")
 
-    started.files, started.spec = await asyncio.to_thread(_find, args, progress)
-    started.config = config = resolve(args, started.spec, is_gguf=started.files.kind == "gguf")
+    started.files, started.spec, config = await asyncio.to_thread(_find, args, progress)
+    started.config = config
     fds = {}
     if config.tensor_parallel_size > 1:
-        # Anonymous memory: nothing to clean up under /dev/shm, whatever happens.
-        size = Comm.bytes_needed(config.tensor_parallel_size, comm_region_bytes(started.spec))
-        fds["comm"] = os.memfd_create("asyncengine-comm", os.MFD_CLOEXEC)
-        started.undo.callback(os.close, fds["comm"])
-        os.ftruncate(fds["comm"], size)
+        # Anonymous memory: nothing to clean up under /dev/shm, whatever happens. On CPUs the ranks exchange
+        # data in it; on GPUs it is the empty file in which they find each other.
+        name = "comm" if config.device == "cpu" else "rendezvous"
+        fds[name] = os.memfd_create(f"asyncengine-{name}", os.MFD_CLOEXEC)
+        started.undo.callback(os.close, fds[name])
+        if config.device == "cpu":
+            size = Comm.bytes_needed(config.tensor_parallel_size, comm_region_bytes(started.spec))
+            os.ftruncate(fds[name], size)
     started.workers = await WorkerGroup.start(
         config.tensor_parallel_size,
         ring_capacity=_ring_capacity(config),
@@ -211,9 +215,11 @@ def _worker_config(started: Started) -> WorkerConfig:
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_num_samples=config.max_num_samples,
+        max_logprobs=config.max_logprobs,
         num_threads=config.num_threads,
         enforce_eager=config.enforce_eager,
         seed=config.seed,
+        cpu_offload_bytes=config.cpu_offload_bytes,
     )
 
 

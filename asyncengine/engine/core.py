@@ -9,11 +9,16 @@ grows for as long as that lasts.
 import asyncio
 import logging
 import threading
+from collections.abc import Coroutine
+from typing import Any
+
+import msgspec
 
 from ..errors import (
     AsyncEngineError,
     EngineClosedError,
     EngineDeadError,
+    OutOfMemoryError,
     RequestFailedError,
     RequestTimeoutError,
 )
@@ -21,6 +26,7 @@ from ..metrics import EngineMetrics
 from ..outputs import FinishReason
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.sequence import Sequence
+from ..wire.stages import Sleep, Slept, Woken
 from .request import Completion, Request
 from .supervisor import WorkerGroup
 
@@ -55,6 +61,9 @@ class EngineCore:
         self._results = 0
         self._pumping = False
         self._idle: list[asyncio.Future[None]] = []
+        self.sleep_level = 0
+        """0: awake. Otherwise no request is taken; see `sleep`."""
+        self._changing_sleep = asyncio.Lock()
 
     # Requests
 
@@ -116,14 +125,17 @@ class EngineCore:
             self.metrics.finished[reason] = self.metrics.finished.get(reason, 0) + 1
         if request.metrics.total is not None:
             self.metrics.e2e_latency.observe(request.metrics.total)
+        self._tell_idle()
+
+    def _tell_idle(self) -> None:
         if not self.requests:
             for future in self._idle:
                 if not future.done():
                     future.set_result(None)
 
-    async def wait_idle(self) -> None:
-        """Returns once no request is left."""
-        while self.requests:
+    async def wait_idle(self, *, steps: bool = False) -> None:
+        """Returns once no request is left; with `steps`, once no step is in flight either."""
+        while self.requests or (steps and self.error is None and self.scheduler.in_flight):
             future: asyncio.Future[None] = self.loop.create_future()
             self._idle.append(future)
             try:
@@ -221,6 +233,7 @@ class EngineCore:
                 self.fail(request, RequestFailedError(sequence.error))
             elif not completion.finished and sequence.finish_reason is not None:
                 self._end(request, completion, sequence.finish_reason, sequence.stop_reason)
+        self._tell_idle()
         self._pump_soon()
 
     def _mark_first_token(self, request: Request) -> None:
@@ -236,6 +249,55 @@ class EngineCore:
             self._settle(request)
         else:
             request.wake()
+
+    # Sleep
+
+    async def sleep(self, level: int) -> None:
+        """Takes no more requests, awaits those in flight, and gives memory back; as `stages.Sleep` tells.
+
+        A caller that is cancelled while requests are awaited finds the engine as it was.
+        """
+        async with self._changing_sleep:
+            before = self.sleep_level
+            if level <= before:
+                return
+            self.sleep_level = level
+            try:
+                await self.wait_idle(steps=True)
+            except BaseException:
+                self.sleep_level = before
+                raise
+            replies = await _uninterrupted(self._command("sleep", msgspec.msgpack.encode(Sleep(level))))
+            self.scheduler.reset_prefix_cache()
+            lacking = [reason for r in replies if (reason := msgspec.msgpack.decode(r, type=Slept).lacking)]
+            if lacking:
+                await _uninterrupted(self._command("wake_up"))
+                self.sleep_level = 0
+                raise OutOfMemoryError(f"the engine cannot sleep and stays awake: {lacking[0]}; use level=2")
+
+    async def wake_up(self) -> None:
+        """Takes the memory again. Raises `OutOfMemoryError` and sleeps on where there is too little."""
+        async with self._changing_sleep:
+            if self.sleep_level == 0:
+                return
+            level = self.sleep_level
+            replies = await _uninterrupted(self._command("wake_up"))
+            lacking = [reason for r in replies if (reason := msgspec.msgpack.decode(r, type=Woken).lacking)]
+            if lacking:
+                # The other ranks have woken up.
+                await _uninterrupted(self._command("sleep", msgspec.msgpack.encode(Sleep(level))))
+                raise OutOfMemoryError(f"the engine cannot wake up and sleeps on: {lacking[0]}")
+            self.sleep_level = 0
+
+    async def _command(self, name: str, payload: bytes = b"") -> list[bytes]:
+        """Runs one command on all ranks, in the manner of a stage of the start."""
+        if self.error is not None:
+            raise self.error
+        try:
+            return await self.workers.run_stage(name, payload)
+        except AsyncEngineError as error:
+            self.die(error if isinstance(error, EngineDeadError) else EngineDeadError(str(error)))
+            raise
 
     # The end
 
@@ -262,3 +324,14 @@ class EngineCore:
         self.error = error
         for request in list(self.requests.values()):
             self._end_all(request, error, "error")
+        self._tell_idle()
+
+
+async def _uninterrupted(coroutine: Coroutine[Any, Any, list[bytes]]) -> list[bytes]:
+    """Runs it to its end also where the caller is cancelled: the ranks do not stop half-way."""
+    task = asyncio.ensure_future(coroutine)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise

@@ -1,7 +1,8 @@
 """What a step costs, learned from the steps that ran: whether drafts and waiting for results pay."""
 
 from array import array
-from bisect import bisect_right
+
+from .._fast.slots import lines
 
 __all__ = ["StepCost"]
 
@@ -51,20 +52,9 @@ class StepCost:
 
     def times(self, tokens: int, drafts: int) -> "array[float]":
         """Microseconds that steps of `tokens` take with 0 to `drafts` tokens more; never falling."""
-        points = sorted(self._sizes.values())
-        if not points:
-            return array("d", [_FIRST_TIME]) * (drafts + 1)
-        counts = [point[0] for point in points]
-        out, last = array("d"), 0.0
-        for count in range(tokens, tokens + drafts + 1):
-            right = bisect_right(counts, count)
-            time = points[max(right - 1, 0)][1]
-            if 0 < right < len(points):
-                low, high = points[right - 1], points[right]
-                time += (high[1] - low[1]) * (count - low[0]) / (high[0] - low[0])
-            last = max(last, time)
-            out.append(last)
-        return out
+        points = sorted(self._sizes.values()) or [(1.0, _FIRST_TIME, 0)]
+        counts = array("d", [point[0] for point in points])
+        return lines(counts, array("d", [point[1] for point in points]), tokens, drafts + 1)
 
     def worth_waiting(self, tokens: float, time: float, usual: float) -> bool:
         """Whether a step that gives `tokens` for each one of a step planned ahead, and takes `time`

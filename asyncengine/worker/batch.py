@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..wire.plan import PLAN_HEADER, RELAY, ROW_FIELDS, SAMPLE, VERIFY, SlotInit
 
-__all__ = ["Batch", "Plan", "parse_plan"]
+__all__ = ["Batch", "Limits", "Plan", "parse_plan"]
 
 Ints = NDArray[np.int32]
 
@@ -56,14 +56,51 @@ def parse_plan(data: bytes) -> Plan:
     )
 
 
+class Limits(NamedTuple):
+    """What a plan may ask for."""
+
+    slots: int
+    tokens: int
+    length: int
+    """Most positions of a sequence."""
+    samples: int
+    table_width: int
+    num_blocks: int
+
+    def check(self, plan: Plan, relayed: int, samples: int) -> None:
+        """What is out of bounds is a defect of the host; it must not become a write to foreign memory."""
+        slots, max_tokens, max_len, max_samples, table_width, num_blocks = self
+        rows = plan.rows
+        starts, counts = rows[:, 1], rows[:, 2]
+        tokens = relayed + len(plan.tokens)
+        sound = (
+            len(rows) <= slots
+            and tokens <= max_tokens
+            and samples <= max_samples
+            and _below(rows, slots, max_len, max_len + 1, SAMPLE + RELAY + VERIFY + 1)
+            and _below(plan.updates, slots, table_width, num_blocks)
+            and _below(plan.copies, num_blocks, num_blocks)
+            and int(counts.sum()) == tokens
+            and int(counts[:relayed].sum()) == relayed
+            and (len(rows) == 0 or (int(counts.min()) > 0 and int((starts + counts).max()) <= max_len))
+        )
+        if not sound:
+            raise ValueError(
+                f"plan {plan.step} is out of bounds: it has {len(rows)} rows, {tokens} tokens and {samples}"
+                f" samples; there are {slots} slots, {max_tokens} tokens and {max_samples} samples a step,"
+                f" {max_len} positions and {num_blocks} blocks"
+            )
+
+
 class Batch:
     """Slot state and step inputs; the native step reads these very arrays."""
 
     def __init__(
         self, slots: int, max_tokens: int, max_len: int, max_samples: int, block_size: int, num_blocks: int
     ) -> None:
-        self._limits = (slots, max_tokens, max_len, max_samples, num_blocks)
-        self.block_table = np.zeros((slots, -(-max_len // block_size)), np.int32)
+        width = -(-max_len // block_size)
+        self._limits = Limits(slots, max_tokens, max_len, max_samples, width, num_blocks)
+        self.block_table = np.zeros((slots, width), np.int32)
         self.last_token = np.zeros(slots, np.int32)
         self.token_ids = np.zeros(max_tokens, np.int32)
         self.positions = np.zeros(max_tokens, np.int32)
@@ -91,7 +128,7 @@ class Batch:
         relayed = int(np.count_nonzero(flags & RELAY))
         tokens = relayed + len(plan.tokens)
         samples = np.where(flags & VERIFY, counts, flags & SAMPLE)
-        self._check(plan, relayed, int(samples.sum()))
+        self._limits.check(plan, relayed, int(samples.sum()))
         if len(plan.updates):
             slot, index, block = plan.updates.T
             self.block_table[slot, index] = block
@@ -118,30 +155,6 @@ class Batch:
         self.sample_slots = slots[self.token_row[at]]
         self.sample_positions = self.positions[at] + 1
         self.sample_rows[: len(at)] = at
-
-    def _check(self, plan: Plan, relayed: int, samples: int) -> None:
-        """What is out of bounds is a defect of the host; it must not become a write to foreign memory."""
-        slots, max_tokens, max_len, max_samples, num_blocks = self._limits
-        rows = plan.rows
-        starts, counts = rows[:, 1], rows[:, 2]
-        tokens = relayed + len(plan.tokens)
-        sound = (
-            len(rows) <= slots
-            and tokens <= max_tokens
-            and samples <= max_samples
-            and _below(rows, slots, max_len, max_len + 1, SAMPLE + RELAY + VERIFY + 1)
-            and _below(plan.updates, slots, self.block_table.shape[1], num_blocks)
-            and _below(plan.copies, num_blocks, num_blocks)
-            and int(counts.sum()) == tokens
-            and int(counts[:relayed].sum()) == relayed
-            and (len(rows) == 0 or (int(counts.min()) > 0 and int((starts + counts).max()) <= max_len))
-        )
-        if not sound:
-            raise ValueError(
-                f"plan {plan.step} is out of bounds: it has {len(rows)} rows, {tokens} tokens and {samples}"
-                f" samples; there are {slots} slots, {max_tokens} tokens and {max_samples} samples a step,"
-                f" {max_len} positions and {num_blocks} blocks"
-            )
 
 
 def _below(values: Ints, *limits: int) -> bool:

@@ -40,6 +40,10 @@ class KVCache:
         keys = self._memory.address + 2 * layer * self.layout.piece_bytes
         return keys, keys + self.layout.piece_bytes
 
+    def discard(self) -> None:
+        """Gives the memory back. It is taken again as blocks are written."""
+        self._memory.discard()
+
     def copy_blocks(self, copies: NDArray[np.int32]) -> None:
         """`copies`: [n, 2] of source and target, done in order (a target may be a later source)."""
         for source, target in copies.tolist():

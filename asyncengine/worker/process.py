@@ -37,12 +37,15 @@ _PR_SET_PDEATHSIG = 1
 class Handler(Protocol):
     """What a rank runs; made as `Handler(rank, world_size, fds)`."""
 
+    reply: Callable[[bytes], None]
+    """Set before the first stage: sends a result from whatever thread has it, in the order of the plans."""
+
     def run_stage(self, stage: str, payload: bytes, progress: Callable[[int, int, str], None]) -> bytes:
         """Runs one stage of the start; `progress` takes done, total, unit."""
         ...
 
     def step(self, plan: bytes) -> bytes | None:
-        """Runs one plan; the result, or None on ranks that report nothing."""
+        """Runs one plan; the result, or None where it goes to `reply` later, or the rank reports nothing."""
         ...
 
     def close(self) -> None:
@@ -67,6 +70,8 @@ def main(text: str) -> None:
         )
     except Exception as error:
         _leave(replies, "start", error)
+    handler.reply = replies.result
+    threading.excepthook = lambda args: _leave(replies, "step", args.exc_value)
     alone = len(os.sched_getaffinity(0)) > args.world_size
     _serve(handler, PlanReader(args.plans, args.rank, spin_us=SPIN_US if alone else 0.0), replies)
 
@@ -99,7 +104,7 @@ def _progress_of(stage: str, replies: ReplyWriter) -> Callable[[int, int, str], 
     return progress
 
 
-def _leave(replies: ReplyWriter, stage: str, error: Exception) -> None:
+def _leave(replies: ReplyWriter, stage: str, error: BaseException | None) -> None:
     """Reports a fault and ends the process, without the exit handlers of a state that is broken."""
     known = [c.__name__ for c in type(error).__mro__ if c.__name__ in errors.__all__]
     if isinstance(error, MemoryError):

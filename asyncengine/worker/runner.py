@@ -2,20 +2,35 @@
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from msgspec import msgpack
 
 from ..checkpoint.sharding import Shard, check_parallel
-from ..errors import ConfigError
+from ..errors import ConfigError, OutOfMemoryError
 from ..wire.plan import RESULT_HEADER
-from ..wire.stages import Allocate, Allocated, Captured, Loaded, Profiled, WorkerConfig
+from ..wire.stages import (
+    Allocate,
+    Allocated,
+    Captured,
+    Loaded,
+    Profiled,
+    Sleep,
+    Slept,
+    Woken,
+    WorkerConfig,
+)
 from .batch import Batch, parse_plan
 from .load import open_checkpoint
 from .memory import available_bytes
+from .models.decoder import Decoder
 from .models.registry import build_model
 from .ops.cpu_backend import CpuBackend
 from .sampler import Sampler
+
+if TYPE_CHECKING:  # imports torch
+    from .cuda.backend import CudaBackend
 
 __all__ = ["Runner"]
 
@@ -25,21 +40,30 @@ _MOST = 2**31 - 1
 
 
 class Runner:
-    """`fds["comm"]` is the ranks' shared memory, needed where there are several of them."""
+    """Where there are several ranks, they meet on a CPU at `fds["comm"]`, their shared memory, and on GPUs at
+    `fds["rendezvous"]`, an empty file."""
+
+    reply: Callable[[bytes], None]
+    """Takes the results that `step` does not return, in order, on another thread. Whoever makes the runner
+    sets it before the last stage."""
 
     def __init__(self, rank: int, world_size: int, fds: dict[str, int]) -> None:
         self._shard = Shard(rank, world_size)
         self._fds = fds
+        self._cuda: CudaBackend | None = None
         self._stages: dict[str, Callable[[bytes, Progress], object]] = {
             "config": self._configure,
             "load": self._load,
             "profile": self._profile,
             "allocate": self._allocate,
             "capture": self._capture,
+            "sleep": self._sleep,
+            "wake_up": self._wake_up,
         }
 
     def run_stage(self, stage: str, payload: bytes, progress: Progress) -> bytes:
-        """Runs one stage, in the order of `wire/stages.py`; payload and answer are its messages.
+        """Runs one stage, in the order of `wire/stages.py`; payload and answer are its messages. The last two
+        come later, when no step is in flight.
 
         `progress` takes done, total and unit. Raises ConfigError, ModelLoadError or OutOfMemoryError.
         """
@@ -47,39 +71,45 @@ class Runner:
 
     def close(self) -> None:
         """Gives threads and memory back; the runner cannot be used afterwards."""
-        for name in ("_sampler", "_batch", "backend"):
+        if self._cuda is not None:
+            self._cuda.close()
+        for name in ("_sampler", "_batch", "backend", "_cuda"):
             self.__dict__.pop(name, None)
 
     def _configure(self, payload: bytes, progress: Progress) -> None:
         config = msgpack.decode(payload, type=WorkerConfig)
-        if config.device != "cpu":
-            raise ConfigError(
-                f"device={config.device!r} is not supported in this version; use device='cpu'",
-                parameter="device",
-                value=config.device,
-            )
         check_parallel(config.spec, self._shard.world)
         self._config = config
         self._model = build_model(config.spec, self._shard)
+        if config.device == "cuda":
+            self._cuda = _cuda_backend(config, self._model, self._shard, self._fds)
+            return
         comm = self._fds["comm"] if self._shard.world > 1 else None
         self.backend = CpuBackend(config, self._model, self._shard, comm)
 
     def _load(self, payload: bytes, progress: Progress) -> Loaded:
         checkpoint = open_checkpoint(self._config, self._model)
         try:
-            return Loaded(self.backend.load(checkpoint, lambda done, total: progress(done, total, "bytes")))
+            backend = self.backend if self._cuda is None else self._cuda
+            return Loaded(backend.load(checkpoint, lambda done, total: progress(done, total, "bytes")))
         finally:
             checkpoint.close()
 
     def _profile(self, payload: bytes, progress: Progress) -> Profiled:
+        if self._cuda is not None:
+            return self._cuda.profile()
         backend = self.backend
         return Profiled(backend.step_bytes(), backend.kv_layout.bytes_per_block, available_bytes())
 
     def _allocate(self, payload: bytes, progress: Progress) -> Allocated:
-        return Allocated(self.backend.allocate(msgpack.decode(payload, type=Allocate).num_blocks))
+        backend = self.backend if self._cuda is None else self._cuda
+        return Allocated(backend.allocate(msgpack.decode(payload, type=Allocate).num_blocks))
 
     def _capture(self, payload: bytes, progress: Progress) -> Captured:
         config = self._config
+        if self._cuda is not None:
+            deliver = self.reply if self._shard.rank == 0 else _drop
+            return self._cuda.capture(lambda done, total: progress(done, total, "graphs"), deliver)
         self._batch = Batch(
             config.max_num_seqs,
             config.max_num_batched_tokens,
@@ -93,8 +123,27 @@ class Runner:
         operations, nbytes = self.backend.capture(self._batch)
         return Captured(0 if config.enforce_eager else operations, nbytes)
 
+    def _sleep(self, payload: bytes, progress: Progress) -> Slept:
+        backend = self.backend if self._cuda is None else self._cuda
+        try:
+            return Slept(backend.sleep(msgpack.decode(payload, type=Sleep).level))
+        except OutOfMemoryError as error:
+            return Slept(0, str(error))
+
+    def _wake_up(self, payload: bytes, progress: Progress) -> Woken:
+        backend = self.backend if self._cuda is None else self._cuda
+        lacking = backend.wake_up(
+            lambda: open_checkpoint(self._config, self._model),
+            lambda done, total: progress(done, total, "bytes"),
+        )
+        return Woken(lacking)
+
     def step(self, data: bytes) -> bytes | None:
-        """Runs one plan. Rank 0 answers with the Result; the others give None."""
+        """Runs one plan. Rank 0 answers with the Result; the others give None, and so do GPUs, on which the
+        plan is only launched: rank 0's Result goes to `reply` once it is there."""
+        if self._cuda is not None:
+            self._cuda.submit(data)
+            return None
         began = time.perf_counter_ns()
         plan = parse_plan(data)
         batch, backend, first = self._batch, self.backend, self._shard.rank == 0
@@ -125,3 +174,22 @@ class Runner:
         spent = min((time.perf_counter_ns() - began) // 1000, _MOST)
         self._result[:5] = (plan.epoch, plan.step, samples, len(payload), spent)
         return self._result[: RESULT_HEADER + samples].tobytes() + payload
+
+
+def _cuda_backend(config: WorkerConfig, model: Decoder, shard: Shard, fds: dict[str, int]) -> "CudaBackend":
+    try:
+        from .cuda.backend import CudaBackend
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("torch", "triton"):
+            raise
+        raise ConfigError(
+            f"device='cuda' needs the package {error.name!r}, which is not installed;"
+            " pip install 'asyncengine[cuda]', or use device='cpu'",
+            parameter="device",
+            value="cuda",
+        ) from error
+    return CudaBackend(config, model, shard, fds)
+
+
+def _drop(result: bytes) -> None:
+    """Ranks after the first compute the same results and report none."""

@@ -9,12 +9,12 @@ from asyncengine._fast.cpu import Buffer, Team, count_tokens, sample, sample_wor
 
 from ..wire.plan import ResultDetails, RowLogprobs, SlotInit
 
-__all__ = ["HeadModes", "Sampler"]
+__all__ = ["NOT_FINITE", "HeadModes", "Sampler"]
 
 Ints = NDArray[np.int32]
 
 _RANDOM, _PENALTIES, _LOGPROBS, _MIN_LEN = 1, 2, 4, 8
-_NOT_FINITE = (
+NOT_FINITE = (
     "the model produced non-finite logits for this request;"
     " its weights may be damaged, or too large for the dtype"
 )
@@ -151,7 +151,7 @@ class Sampler:
             return None
         return ResultDetails(
             self._logprobs_of(options, failed) if traits & _LOGPROBS else {},
-            dict.fromkeys(np.flatnonzero(failed).tolist(), _NOT_FINITE),
+            dict.fromkeys(np.flatnonzero(failed).tolist(), NOT_FINITE),
         )
 
     def _early(self, slots: Ints, positions: Ints) -> NDArray[np.bool_]:

@@ -19,6 +19,8 @@ from typing import Any
 
 from runner import read_job, reply
 
+CHECK_SECONDS = 120
+
 
 def bench(folder: str, job: dict[str, Any], case: dict[str, Any]) -> float:
     """Seconds of the prompts and of the decode steps: one fewer than ids, the prompt gives the first."""
@@ -41,8 +43,8 @@ def bench(folder: str, job: dict[str, Any], case: dict[str, Any]) -> float:
     return prompts + decode if steps else prompts
 
 
-def complete(folder: str, job: dict[str, Any]) -> tuple[float, list[list[int]]]:
-    """Seconds until the server takes requests, and the completions of the check."""
+def complete(folder: str, job: dict[str, Any]) -> tuple[float, list[list[int]] | None]:
+    """Seconds until the server takes requests, and the completions of the check; None if it gives none."""
     check = job["check"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -83,12 +85,17 @@ def complete(folder: str, job: dict[str, Any]) -> tuple[float, list[list[int]]]:
                 json.dumps(body).encode(),
                 {"Content-Type": "application/json"},
             )
-            with urllib.request.urlopen(request) as answer:
+            with urllib.request.urlopen(request, timeout=CHECK_SECONDS) as answer:
                 ids: list[int] = json.load(answer)["tokens"]
             return ids
 
-        with ThreadPoolExecutor(4) as pool:
-            return start_s, list(pool.map(ask, check["prompts"]))
+        try:
+            with ThreadPoolExecutor(4) as pool:
+                return start_s, list(pool.map(ask, check["prompts"]))
+        except OSError as error:
+            # It has been seen to stop answering; its times are measured without it.
+            print(f"llama-server: {error}", file=sys.stderr)
+            return start_s, None
     finally:
         server.terminate()
         server.wait()

@@ -87,3 +87,22 @@ def test_gated(level: str, dtype: str, n: int, k: int) -> None:
         g, u = (x.astype(np.float64) @ w.T + c for w, c in zip(weights, b, strict=True))
         tolerance = 0.5 if rounds_x(level, dtype) else 5e-4
         np.testing.assert_allclose(outs[-1], g / (1 + np.exp(-g)) * u, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_gates_at_their_ends(level: str) -> None:
+    """With one input of 1, gates are the weights themselves: exp of them over- and underflows, NaN stays."""
+    gate = np.array([-1000.0, 1000.0, -87.5, 88.5, 0.0, -0.0, 1e-30, -20.0, 3.0], np.float32)[:, None]
+    up = np.linspace(-2, 2, len(gate), dtype=np.float32)[:, None]
+    sizes = [2 * len(gate), 1, TYPES["f32"], 0, 0, 0, GATED]
+    out, one = guarded(1, len(gate)), np.ones((1, 1), np.float32)
+    packed, _ = pack(alternating(gate, up), "f32")
+    run(team(level), cpu.LINEAR, [out, one, packed.address, None], sizes, num_tokens=1)
+    g, u = gate[:, 0].astype(np.float64), up[:, 0].astype(np.float64)
+    with np.errstate(over="ignore"):
+        np.testing.assert_allclose(out[0], g / (1 + np.exp(-g)) * u, rtol=2e-6, atol=1e-30)
+    gate[4], up[5] = np.nan, np.inf
+    gate[5] = 1.0
+    packed, _ = pack(alternating(gate, up), "f32")
+    run(team(level), cpu.LINEAR, [out, one, packed.address, None], sizes, num_tokens=1)
+    assert np.isnan(out[0, 4]) and np.isinf(out[0, 5])

@@ -251,7 +251,7 @@ async def result(stream):
 
 def test_not_served_yet(h):
     async def run():
-        for call in (h.llm.embed("x"), h.llm.classify("x"), h.llm.score("x", "y"), h.llm.sleep()):
+        for call in (h.llm.embed("x"), h.llm.classify("x"), h.llm.score("x", "y")):
             with pytest.raises(InvalidRequestError, match="not supported"):
                 await call
 
@@ -292,14 +292,12 @@ def create(model, **engine):
         ("dtype", 5),
         ("quantization", "int3"),
         ("quantization", 8),
-        ("kv_cache_dtype", "fp8"),
         ("gpu_memory_utilization", 0.0),
         ("gpu_memory_utilization", math.nan),
         ("tensor_parallel_size", 0),
         ("tensor_parallel_size", 2),
         ("data_parallel_size", 2),
         ("enable_expert_parallel", True),
-        ("device", "cuda"),
         ("device", "tpu"),
         ("num_threads", 0),
         ("seed", 2**63),

@@ -13,7 +13,7 @@ from asyncengine._fast.slots import BlockPool, SlotTable
 from asyncengine.scheduling.step_cost import StepCost
 from asyncengine.wire.plan import SAMPLE, VERIFY
 
-from .test_scheduler import Simulation
+from .simulation import Simulation
 
 COUNT = 8
 FREE = array("d", [1.0] * 65)

@@ -250,3 +250,12 @@ def test_profile_bounds_what_a_step_touches(saved):
     # operation of the model.
     assert 4 * (2 * 64 + 96) <= growth <= 4 * (3 * 64 + 128 + 192 + 96)
     assert large.available_bytes > 0
+
+
+def test_profile_counts_every_buffer_of_a_step(saved):
+    """Those taken after the profile, and the float32 [positions, head size] of rotary cosines and sines."""
+    with Started(*saved[1:], max_num_batched_tokens=64) as started:
+        runner = started.runner
+        taken = len(runner.backend._activations) + len(runner._sampler._workspace)
+        rope = 4 * started.config.max_model_len * saved[1].head_dim
+        assert taken > 0 and started.profiled.activation_bytes == taken + rope

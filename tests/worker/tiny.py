@@ -50,8 +50,8 @@ def worker_config(spec, weights, **fields):
     defaults = dict(
         load_format="safetensors", device="cpu", dtype="float32", quantization=None, kv_dtype="float32",
         block_size=4,
-        max_model_len=160, max_num_seqs=8, max_num_batched_tokens=128, max_num_samples=24, num_threads=2,
-        enforce_eager=False, seed=0,
+        max_model_len=160, max_num_seqs=8, max_num_batched_tokens=128, max_num_samples=24, max_logprobs=20,
+        num_threads=2, enforce_eager=False, seed=0,
     )  # fmt: skip
     return WorkerConfig(spec=spec, weights=str(weights), **(defaults | fields))
 
@@ -67,13 +67,16 @@ class Started:
         self.config = worker_config(spec, weights, **fields)
         self.num_blocks = num_blocks
         self.progress = []
-        self.runner = Runner(rank, world, fds or {})
+        self.runner = self.make_runner(rank, world, fds or {})
         self.stage("config", msgspec.msgpack.encode(self.config))
         self.loaded = msgspec.msgpack.decode(self.stage("load"), type=Loaded)
         self.profiled = msgspec.msgpack.decode(self.stage("profile"), type=Profiled)
         allocate = msgspec.msgpack.encode(Allocate(num_blocks))
         self.allocated = msgspec.msgpack.decode(self.stage("allocate", allocate), type=Allocated)
         self.captured = msgspec.msgpack.decode(self.stage("capture"), type=Captured)
+
+    def make_runner(self, rank, world, fds):
+        return Runner(rank, world, fds)
 
     def stage(self, name, payload=b""):
         return self.runner.run_stage(name, payload, lambda *args: self.progress.append((name, *args)))

@@ -15,6 +15,7 @@ from asyncengine._fast.cpu import (
     Team,
     attention_workspace,
     kv_block_bytes,
+    sample_workspace,
 )
 
 from ...checkpoint.sharding import Shard, comm_region_bytes
@@ -47,6 +48,7 @@ class CpuBackend:
             )
         self._config = config
         self._model = model
+        self._world = shard.world
         self._heads = (len(shard.part(spec.num_heads)), len(shard.kv_heads(spec.num_kv_heads)))
         self._rope = cos_sin_table(spec, config.max_model_len)
         self.team = Team(config.num_threads)
@@ -73,13 +75,18 @@ class CpuBackend:
         return self._weights.nbytes
 
     def step_bytes(self) -> int:
-        """What a step of the largest size needs: activations, and the rotary table."""
+        """What a step of the largest size needs: activations, rotary table, sampler's workspace."""
+        sampler = sample_workspace(self._config.num_threads, self._config.spec.vocab_size)
+        return self._activation_bytes() + self._rope.nbytes + sampler
+
+    def _activation_bytes(self) -> int:
         memory = StepMemory(0)
         self._record(memory, lambda layer: (0, 0))
-        return memory.size + self._rope.nbytes
+        return memory.size
 
     def allocate(self, num_blocks: int) -> int:
         """Takes the KV memory; its bytes."""
+        self._asleep = 0
         try:
             self.cache = KVCache(self.kv_layout, num_blocks)
         except MemoryError as error:
@@ -91,7 +98,7 @@ class CpuBackend:
 
     def capture(self, batch: Batch) -> tuple[int, int]:
         """Records the step program over `batch`'s arrays; the number of its operations, and their bytes."""
-        self._activations = Buffer(self.step_bytes() - self._rope.nbytes)
+        self._activations = Buffer(self._activation_bytes())
         recorder, self._logits = self._record(StepMemory(self._activations.address), self.cache.addresses)
         self.operations: list[Operation] = recorder.operations
         self.best = recorder.best
@@ -114,6 +121,34 @@ class CpuBackend:
             head_temperature=self._head_temperature.data,
         )
         return len(self._program), OPERATION_BYTES * len(self._program)
+
+    def sleep(self, level: int) -> int:
+        """Gives back the KV memory, at level 2 the weights too; their bytes. No address changes."""
+        self._asleep = max(level, self._asleep)
+        self.cache.discard()
+        if self._asleep == 1:
+            return self.cache.nbytes
+        self._weights.discard()
+        return self.cache.nbytes + self._weights.nbytes
+
+    def wake_up(self, open_checkpoint: Callable[[], Checkpoint], progress: Callable[[int, int], None]) -> str:
+        """Takes again what `sleep` gave back; why that cannot be, or nothing."""
+        if self._asleep == 0:
+            return ""
+        needed = self.cache.nbytes + (self._weights.nbytes if self._asleep == 2 else 0)
+        free = available_bytes()
+        if needed * self._world > free:
+            ranks = f" on each of {self._world} ranks" if self._world > 1 else ""
+            return f"{needed:,} bytes were given back{ranks}, and {free:,} are free now"
+        if self._asleep == 2:
+            checkpoint = open_checkpoint()
+            try:
+                sizes = check_weights(self._model, checkpoint)
+                fill(self._weights, list(self._model.parameters()), checkpoint, sizes, progress)
+            finally:
+                checkpoint.close()
+        self._asleep = 0
+        return ""
 
     def run(self, batch: Batch, modes: HeadModes) -> int:
         """Computes the step that `batch` has prepared; the address of its logits [samples, vocabulary], of

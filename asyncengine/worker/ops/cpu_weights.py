@@ -12,7 +12,7 @@ from ..models.parameters import Embedding, Linear, Parameter, Source, Vector
 from .cpu import Packed
 from .weight_format import WeightFormat, choose_format
 
-__all__ = ["CpuWeights"]
+__all__ = ["CpuWeights", "stored_part"]
 
 _ALIGNMENT = 64
 
@@ -68,6 +68,10 @@ class CpuWeights:
             self._in_panels(parameter),
         )
 
+    def discard(self) -> None:
+        """Gives the memory back. All parameters are to be put again, to the same places."""
+        self._memory.discard()
+
     def put(self, parameter: Parameter, tensor: Callable[[str], TensorView]) -> None:
         """Takes this rank's part of `parameter`."""
         if parameter in self._shared:
@@ -96,7 +100,7 @@ class CpuWeights:
     ) -> None:
         row = 0
         for index, source in enumerate(sources):
-            stored, data, width, columns = _part(source, tensor(source.name))
+            stored, data, width, columns = stored_part(source, tensor(source.name))
             pack_linear(
                 self._team,
                 stored,
@@ -132,7 +136,7 @@ class CpuWeights:
         placed.reshape(-1, 2, PANEL)[:] = values.swapaxes(0, 1)
 
     def _convert(self, tensor: Callable[[str], TensorView], source: Source, target: int, dtype: str) -> None:
-        stored, data, width, columns = _part(source, tensor(source.name))
+        stored, data, width, columns = stored_part(source, tensor(source.name))
         convert(
             self._team,
             stored,
@@ -189,7 +193,7 @@ def _readable(view: TensorView) -> TensorView:
     return view._replace(dtype="F32", data=values.view(np.uint8).data)
 
 
-def _part(source: Source, stored: TensorView) -> tuple[str, memoryview, int, range]:
+def stored_part(source: Source, stored: TensorView) -> tuple[str, memoryview, int, range]:
     """Type, bytes and width of the stored rows that this rank takes, and its columns of them."""
     view = _readable(stored)
     if len(source.shape) == 1:  # one row, of which a rank takes columns
