@@ -111,11 +111,18 @@ static void load_scales(tile_data *t, const attention *a, const span *s, int64_t
 static void queue_tile(row_queue *q, const attention *a, const span *s, int64_t j) {
     tile_rows tile;
     locate(&tile, a, s, j);
-    const size_t n = (size_t)(tile.to - tile.from);
-    memcpy(q->rows, tile.key + tile.from, n * sizeof *q->rows);
-    memcpy(q->rows + n, tile.value + tile.from, n * sizeof *q->rows);
+    const int64_t n = tile.to - tile.from, half = n / 2;
+    /* Lines of several pages in turn: see fetch.h. */
+    const char **key = tile.key + tile.from, **value = tile.value + tile.from, **row = q->rows;
+    for (int64_t i = 0; i < half; i++) {
+        *row++ = key[i];
+        *row++ = value[i];
+        *row++ = key[half + i];
+        *row++ = value[half + i];
+    }
+    if (n % 2) *row++ = key[n - 1], *row++ = value[n - 1];
     q->at = q->rows;
-    q->end = q->rows + 2 * n;
+    q->end = row;
     q->bytes = (int64_t)ae_type_size(a->type) * a->dim;
     if (a->type != AE_I8) return;
     const int64_t first = j / TILE_KEYS * TILE_KEYS;
