@@ -24,7 +24,6 @@ cdef extern from "cpu/cpu.h" nogil:
         AE_TOKENS, AE_SAMPLES
         AE_EMBED, AE_RMS_NORM, AE_LINEAR, AE_ROPE_KV, AE_ATTENTION, AE_SELECT
         AE_ALL_REDUCE, AE_ALL_GATHER, AE_QUANTIZE, AE_HEAD, AE_NUM_OPS
-        AE_PORTABLE, AE_AVX2, AE_AVX512, AE_AVX512VNNI, AE_AVX512BF16, AE_NUM_LEVELS
 
     ctypedef struct ae_step:
         int32_t num_tokens
@@ -52,7 +51,7 @@ cdef extern from "cpu/cpu.h" nogil:
     ctypedef struct ae_thread:
         pass
 
-    int ae_detect_level()
+    int ae_supports_level(int level)
 
 
 # Values of ae_op.code, ae_op.rows and of the type fields in ae_op.n.
@@ -77,14 +76,14 @@ I8 = AE_I8
 
 OPERATION_BYTES = sizeof(ae_op)
 
-_LEVELS = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16")
+_LEVELS = ("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16")
 _TYPES = {"F32": AE_F32, "BF16": AE_BF16, "F16": AE_F16}
 _WEIGHT_TYPES = {**_TYPES, "Q8": AE_Q8, "Q4": AE_Q4}
 
 
 def levels():
     """Instruction-set levels this machine can run, best last."""
-    return list(_LEVELS[: ae_detect_level() + 1])
+    return [name for level, name in enumerate(_LEVELS) if ae_supports_level(level)]
 
 
 cdef int _lookup(dict table, str name, str what) except -1:

@@ -15,6 +15,7 @@ extern const ae_kernels ae_kernels_portable;
 #if defined(__x86_64__)
 extern const ae_kernels ae_kernels_avx2;
 extern const ae_kernels ae_kernels_avx512;
+extern const ae_kernels ae_kernels_avxvnni;
 extern const ae_kernels ae_kernels_avx512vnni;
 extern const ae_kernels ae_kernels_avx512bf16;
 #endif

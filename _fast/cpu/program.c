@@ -1,5 +1,9 @@
 #include "program.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 typedef struct replay {
     const ae_kernels *kernels;
     const ae_op *ops;
@@ -34,21 +38,33 @@ int ae_program_run(ae_team *team, const ae_kernels *kernels, const ae_op *ops, i
     return ae_team_run(team, replay_ops, &r);
 }
 
-enum ae_level ae_detect_level(void) {
 #if defined(__x86_64__)
+/* CPUID leaf 7.1, EAX bit 4, which gcc has no name for in __builtin_cpu_supports before version 13. */
+static int has_avxvnni(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
+int ae_supports_level(enum ae_level level) {
     __builtin_cpu_init();
     /* F16C is older than AVX2: no processor has the latter alone. */
-    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    int vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-    if (vnni && __builtin_cpu_supports("avx512bf16")) return AE_AVX512BF16;
-    if (vnni) return AE_AVX512VNNI;
-    if (avx512) return AE_AVX512;
-    if (avx2) return AE_AVX2;
-#endif
-    return AE_PORTABLE;
+    const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    const int avx512vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    switch (level) {
+        case AE_PORTABLE: return 1;
+        case AE_AVX2: return avx2;
+        case AE_AVXVNNI: return avx2 && has_avxvnni();
+        case AE_AVX512: return avx512;
+        case AE_AVX512VNNI: return avx512vnni;
+        case AE_AVX512BF16: return avx512vnni && __builtin_cpu_supports("avx512bf16");
+        default: return 0;
+    }
 }
+#else
+int ae_supports_level(enum ae_level level) { return level == AE_PORTABLE; }
+#endif
 
 const ae_kernels *ae_kernels_for(enum ae_level level) {
     switch (level) {
@@ -56,6 +72,7 @@ const ae_kernels *ae_kernels_for(enum ae_level level) {
         case AE_AVX512BF16: return &ae_kernels_avx512bf16;
         case AE_AVX512VNNI: return &ae_kernels_avx512vnni;
         case AE_AVX512: return &ae_kernels_avx512;
+        case AE_AVXVNNI: return &ae_kernels_avxvnni;
         case AE_AVX2: return &ae_kernels_avx2;
 #endif
         default: return &ae_kernels_portable;

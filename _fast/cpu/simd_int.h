@@ -74,6 +74,13 @@ AE_INLINE vf vi_biased(vi a) { return _mm256_castsi256_ps(a); }
 AE_INLINE vi vi_low_nibbles(vi a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
 AE_INLINE vi vi_high_nibbles(vi a) { return vi_low_nibbles(_mm256_srli_epi16(a, 4)); }
 
+#if defined(AE_LEVEL_AVXVNNI)
+typedef vi codes;
+typedef vi signed4;
+AE_INLINE codes codes_of(vi bytes) { return bytes; }
+AE_INLINE signed4 signed4_set(int32_t bytes) { return vi_set(bytes); }
+AE_INLINE vi dot(vi sum, codes w, signed4 x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
+#else
 typedef struct codes { vi even, odd; } codes;
 typedef struct signed4 { vi even, odd; } signed4;
 AE_INLINE codes codes_of(vi bytes) {
@@ -87,6 +94,7 @@ AE_INLINE vi dot(vi sum, codes w, signed4 x) {
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w.even, x.even));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(w.odd, x.odd));
 }
+#endif
 
 #else /* portable */
 
