@@ -1,7 +1,10 @@
 """Weights in host memory and sleep of the CUDA backend, on CPU tensors: tokens stay what they were."""
 
+import weakref
+
 import msgspec
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -103,6 +106,34 @@ def test_no_room_to_wake_up_and_then_there_is(saved, expected, monkeypatch, leve
         monkeypatch.setattr(backend_module, "open_device", lambda rank: HostDevice())
         assert wake_up(started) == ""
         assert started.driver().generate(PROMPTS, 2) == expected[1]
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_memory_is_released_when_nothing_holds_it_any_more(saved, monkeypatch, level):
+    """Also when it was taken in vain: errors hold the frames that they have come through."""
+    held, released = [], []
+
+    class Allocator(HostDevice):
+        def release(self):
+            released.append([tensor for tensor in held if tensor() is not None])
+
+    monkeypatch.setattr(backend_module, "open_device", lambda rank: Allocator())
+    with HostStarted(*saved, enforce_eager=True) as started:
+        backend = started.runner._cuda
+
+        def fail(*args):
+            activation = torch.zeros(1)
+            held.extend(weakref.ref(tensor) for tensor in (activation, backend.cache._memory))
+            raise torch.OutOfMemoryError("no room for an activation")
+
+        monkeypatch.setattr(backend_module, "Graphs", fail)
+        held.extend(weakref.ref(tensor) for tensor in backend._weights.tensors())
+        held.append(weakref.ref(backend.cache._memory))
+        sleep(started, level)
+        assert released.pop() == [] and len(held) > 10
+        monkeypatch.setattr(backend, "_config", msgspec.structs.replace(backend._config, enforce_eager=False))
+        assert "no room for an activation" in wake_up(started)
+        assert released.pop() == []
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=60), st.floats(0, 1.5))

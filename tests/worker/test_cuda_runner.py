@@ -1,12 +1,15 @@
 """The CUDA backend through plans, on CPU tensors: its tokens are those of transformers."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 
+from asyncengine.worker.batch import parse_plan
 from asyncengine.worker.cuda import backend as backend_module
 from asyncengine.worker.cuda.device import HostDevice
-from asyncengine.worker.cuda.flights import Draws, Flight
+from asyncengine.worker.cuda.flights import Draws, Flight, Flights
 from asyncengine.worker.cuda.kv_cache import KVCache
 
 from .cuda_host import SIZES, HostStarted
@@ -208,6 +211,28 @@ def test_a_plan_larger_than_its_buffers():
     assert flight.stage(parts) == 18
     assert flight.staged[:18].tolist() == [0, 1, 2] + [7] * 15
     assert len(flight.plan) == len(flight.staged) >= 18
+
+
+def test_the_results_thread_attaches_to_the_device_and_tells_why_it_ended(monkeypatch):
+    news, told = [], threading.Event()
+    monkeypatch.setattr(threading, "excepthook", lambda args: told.set())
+
+    def deliver(result):
+        news.append("result")
+        raise ValueError("the ring is gone")
+
+    device = HostDevice()
+    flights = Flights(
+        [Flight(device, 4, Draws(2, 0, device.place))], lambda: news.append("attached"), deliver
+    )
+    flight = flights.take()
+    flight.depart(parse_plan(PlanBuilder().encode()))
+    flight.arrive(np.zeros(0, np.int32))
+    flights.send(flight)
+    assert told.wait(30) and news == ["attached", "result"]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the ring is gone"):
+            flights.take()
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ class CudaBackend:
         free = self._device.memory()[0]
         self._capture_graphs(progress)
         self._graph_bytes = max(0, free - self._device.memory()[0])
-        self._flights = Flights(self._buffers, deliver)
+        self._flights = Flights(self._buffers, self._device.attach, deliver)
         return Captured(0 if self._graphs is None else len(self._graphs), self._graph_bytes)
 
     def _capture_graphs(self, progress: Callable[[int, int], None]) -> None:
@@ -162,6 +162,7 @@ class CudaBackend:
         self._device.forget_captures()
         if hasattr(self, "cache"):
             del self.cache
+        self._device.release()
         return self._sleeping_bytes
 
     def wake_up(self, open_checkpoint: Callable[[], Checkpoint], progress: Callable[[int, int], None]) -> str:
@@ -169,6 +170,7 @@ class CudaBackend:
         level, self._asleep = self._asleep, 0
         if level == 0:
             return ""
+        lacking = ""
         try:
             self._check_waking()
             if level == 1:
@@ -185,11 +187,13 @@ class CudaBackend:
             self.allocate(self._num_blocks)
             self._capture_graphs(lambda done, total: None)
         except OutOfMemoryError as error:
-            # Back to sleep: weights that are still in host memory stay there.
+            lacking = str(error)
+        if lacking:
+            # Back to sleep, now that no traceback holds what had been taken; weights that are still in host
+            # memory stay there.
             self._asleep = level if self._parked is not None else 0
             self.sleep(level)
-            return str(error)
-        return ""
+        return lacking
 
     @property
     def _sleeping_bytes(self) -> int:
@@ -230,6 +234,7 @@ class CudaBackend:
         """Waits for what is under way."""
         if hasattr(self, "_flights"):
             self._flights.close()
+        self._graphs = None  # NCCL waits for the graphs that hold its kernels
         if self._group is not None:
             self._group.close()
 

@@ -6,6 +6,7 @@ crosses between host and device has streams of its own, so that it runs beside t
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -82,8 +83,17 @@ class Device(Protocol):
         """Undoes `lock`."""
         ...
 
+    def attach(self) -> None:
+        """To be called on every further thread that waits for events: a thread begins with the first GPU,
+        and would start a context there."""
+        ...
+
+    def release(self) -> None:
+        """Gives back the memory that the allocator keeps unused."""
+        ...
+
     def memory(self) -> tuple[int, int]:
-        """Bytes that are free, and all there are; what the allocator keeps unused counts as free."""
+        """Bytes that are free, and all there are, after a `release`."""
         ...
 
     def allocated(self) -> int:
@@ -153,8 +163,11 @@ class CudaDevice:
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             launch()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # that what was captured is void says less than why
+                graph.capture_end()
+            raise
+        graph.capture_end()
         return graph.replay
 
     def forget_captures(self) -> None:
@@ -170,8 +183,14 @@ class CudaDevice:
             self._locked.remove(address)
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
 
-    def memory(self) -> tuple[int, int]:
+    def attach(self) -> None:
+        torch.cuda.set_device(self.place)
+
+    def release(self) -> None:
         torch.cuda.empty_cache()
+
+    def memory(self) -> tuple[int, int]:
+        self.release()
         return torch.cuda.mem_get_info(self.place)
 
     def allocated(self) -> int:
@@ -237,6 +256,12 @@ class HostDevice:
 
     def unlock(self, address: int) -> None:
         """Nothing was locked."""
+
+    def attach(self) -> None:
+        """All threads see the host."""
+
+    def release(self) -> None:
+        """Nothing is kept."""
 
     def memory(self) -> tuple[int, int]:
         free = available_bytes()

@@ -116,18 +116,23 @@ class Flight:
     def _reserve(self, words: int) -> None:
         self.staged = self._device.pinned(words)
         self._words: Ints = self.staged.numpy()
-        self.plan = torch.zeros(words, dtype=torch.int32, device=self._device.place)
+        # Not cleared: that would be work of the compute stream, and uploads do not wait for it.
+        self.plan = torch.empty(words, dtype=torch.int32, device=self._device.place)
 
 
 class Flights:
     """A few flights, and the thread that takes those under way home, in order.
 
-    `deliver` is called on that thread. An error there ends the thread and goes to `threading.excepthook`;
-    `take` raises from then on.
+    `deliver` is called on that thread, after `attach`. An error there ends the thread and goes to
+    `threading.excepthook`; `take` raises from then on.
     """
 
-    def __init__(self, flights: Sequence[Flight], deliver: Callable[[bytes], None]) -> None:
+    def __init__(
+        self, flights: Sequence[Flight], attach: Callable[[], None], deliver: Callable[[bytes], None]
+    ) -> None:
+        self._attach = attach
         self._deliver = deliver
+        self._error: BaseException | None = None
         self._free: queue.SimpleQueue[Flight | None] = queue.SimpleQueue()
         self._away: queue.SimpleQueue[Flight | None] = queue.SimpleQueue()
         for flight in flights:
@@ -140,7 +145,7 @@ class Flights:
         flight = self._free.get()
         if flight is None:
             self._free.put(None)
-            raise RuntimeError("results cannot be delivered any more")
+            raise RuntimeError(f"results cannot be delivered any more: {self._error}") from self._error
         return flight
 
     def send(self, flight: Flight) -> None:
@@ -154,8 +159,12 @@ class Flights:
 
     def _bring_home(self) -> None:
         try:
+            self._attach()
             while (flight := self._away.get()) is not None:
                 self._deliver(flight.result())
                 self._free.put(flight)
+        except BaseException as error:
+            self._error = error
+            raise
         finally:
             self._free.put(None)
