@@ -136,7 +136,7 @@ def pick_kernel(
     logits,
     stride,
     vocab,
-    params,
+    records,
     slots,
     positions,
     tiles,
@@ -160,7 +160,7 @@ def pick_kernel(
     slot = tl.load(slots + s)
     if slot < 0:
         return
-    row = row_of(logits, stride, params, slot, positions, s, vocab)
+    row = row_of(logits, stride, records, slot, positions, s, vocab)
     groups = num_tiles * (BLOCK // GROUP)
     tiles += s * num_tiles * FIELDS
     maxima += s * 2 * groups

@@ -49,7 +49,7 @@ def _sum_of_weights(values, largest):
 
 @triton.jit
 def scan_kernel(
-    logits, stride, vocab, params, slots, positions, tiles, maxima, num_tiles, BLOCK: tl.constexpr
+    logits, stride, vocab, records, slots, positions, tiles, maxima, num_tiles, BLOCK: tl.constexpr
 ):
     """Fills `tiles` [S, num_tiles, FIELDS] and `maxima` [S, 2, groups]: of raw logits x, and of y, which is
     drawn from."""
@@ -57,7 +57,7 @@ def scan_kernel(
     slot = tl.load(slots + s)
     if slot < 0:
         return
-    row = row_of(logits, stride, params, slot, positions, s, vocab)
+    row = row_of(logits, stride, records, slot, positions, s, vocab)
     ids = tile * BLOCK + tl.arange(0, BLOCK)
     x = raw_logits(row, ids)
     y = shaped_logits(row, x, ids)
