@@ -231,6 +231,31 @@ def test_a_part_ends_alone_and_keeps_what_it_had(load: Any, tmp_path: Path, endi
     assert expected in failure and bool(failure) == bool(expected)
 
 
+def test_the_part_of_the_tests_tells_outcomes_as_they_come(load: Any, tmp_path: Path) -> None:
+    copied, tests = tmp_path / "benchmarks", tmp_path / "tests" / "gpu"
+    (copied / "gpu_parts").mkdir(parents=True)
+    for name in ("gpu.py", "gpu_parts/tests.py"):
+        (copied / name).write_text((Path(FOLDER) / name).read_text())
+    tests.mkdir(parents=True)
+    (tests / "test_x.py").write_text(
+        "import pytest, time\n"
+        "def test_good(): print('not shown')\n"
+        "def test_bad(): assert 1 == 2\n"
+        "def test_no(): pytest.skip('no GPU')\n"
+        "def test_slow(): time.sleep(float(open(__file__[:-3]).read()))\n"
+    )
+    gpu = load("gpu")
+    gpu.__file__ = str(copied / "gpu.py")
+    for seconds, failure in (("0", "1 failed, 2 passed, 1 skipped"), ("60", "took more than 10 s")):
+        (tests / "test_x").write_text(seconds)
+        report = gpu.Report(tmp_path / f"{seconds}.jsonl", "tests")
+        assert failure in gpu.run_part("tests", report, {}, 10.0)
+        first, *rows = [(row["name"], row["value"], row["met"]) for row in report.rows()]
+        assert first[0].startswith("test_bad: ") and "Error" in first[0]
+        if seconds == "0":
+            assert rows == [("tests that passed", 2, False), ("tests that were skipped", 1, None)]
+
+
 def test_gpu_needs_a_gpu_and_says_so() -> None:
     script = str(Path(FOLDER) / "gpu.py")
     listed = subprocess.run([sys.executable, script, "--list"], capture_output=True, text=True, check=True)
