@@ -43,13 +43,12 @@ def reference(device, demo_gguf):
     """`margins(prompt, ids, dtype)`: by how much transformers, in float32, likes its own choice better than
     each of `ids`, in logits."""
     transformers = pytest.importorskip("transformers")
+    pytest.importorskip("gguf")
     directory, file = os.path.split(demo_gguf)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        directory,
-        gguf_file=file,
-        dtype=torch.float32,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-    )
+    options = {"gguf_file": file, "dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # earlier versions always dequantize
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(directory, **options)
     loaded = loaded.eval().to(device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, gguf_file=file)
 
