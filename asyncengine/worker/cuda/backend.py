@@ -148,35 +148,52 @@ class CudaBackend:
         """Gives back keys and values, the graphs, and the weights, which go to host memory (level 1) or are
         forgotten (level 2); the bytes of keys, values and weights. No step may be under way.
 
-        Raises OutOfMemoryError, with nothing changed, where host memory has no room."""
+        Raises OutOfMemoryError, with nothing changed on any rank, where host memory has no room."""
         self._device.synchronize()
         if level == 1 and self._asleep == 0:
-            parked = HostMemory(self._device, [tensor.nbytes for tensor in self._weights.tensors()])
-            self._weights.move(parked.take)
-            self._parked = parked
+            self._park()
         elif level == 2:
             self._weights.clear()
             self._unpark()
         self._asleep = max(level, self._asleep)
+        self._give_back()
+        return self._sleeping_bytes
+
+    def _give_back(self) -> None:
         self._graphs = None
         self._device.forget_captures()
         if hasattr(self, "cache"):
             del self.cache
         self._device.release()
-        return self._sleeping_bytes
 
     def wake_up(self, open_checkpoint: Callable[[], Checkpoint], progress: Callable[[int, int], None]) -> str:
-        """Takes again what `sleep` gave back; why that cannot be, or nothing."""
-        level, self._asleep = self._asleep, 0
-        if level == 0:
+        """Takes again what `sleep` gave back; why that cannot be on some rank, or nothing."""
+        if self._asleep == 0:
             return ""
+        lacking = self._take_again(open_checkpoint, progress)
+        if not lacking:
+            self._unpark()
+            self._asleep = 0
+            return ""
+        # Now that no traceback holds what has been taken.
+        if self._parked is not None:
+            copies = iter(self._parked.copies)
+            self._weights.move(lambda _: next(copies))
+        else:
+            self._weights.clear()
+        self._give_back()
+        return lacking
+
+    def _take_again(
+        self, open_checkpoint: Callable[[], Checkpoint], progress: Callable[[int, int], None]
+    ) -> str:
+        """What is in host memory stays there too."""
         lacking = ""
         try:
             self._check_waking()
-            if level == 1:
+            if self._parked is not None:
                 with _out_of_memory("the weights", "use a smaller model or dtype, or free memory"):
                     self._weights.move(lambda tensor: tensor.to(self._device.place, non_blocking=True))
-                self._unpark()
             else:
                 parameters, checkpoint = list(self._model.parameters()), open_checkpoint()
                 try:
@@ -185,14 +202,17 @@ class CudaBackend:
                 finally:
                     checkpoint.close()
             self.allocate(self._num_blocks)
-            self._capture_graphs(lambda done, total: None)
         except OutOfMemoryError as error:
             lacking = str(error)
-        if lacking:
-            # Back to sleep, now that no traceback holds what had been taken; weights that are still in host
-            # memory stay there.
-            self._asleep = level if self._parked is not None else 0
-            self.sleep(level)
+        # Graphs are captured by all ranks together, or the others would wait.
+        if not self._all_ranks(not lacking):
+            return lacking or "another rank's GPU has no room"
+        try:
+            self._capture_graphs(lambda done, total: None)
+        except OutOfMemoryError as error:
+            if self._group is not None:
+                raise
+            lacking = str(error)
         return lacking
 
     @property
@@ -205,6 +225,22 @@ class CudaBackend:
             raise OutOfMemoryError(
                 f"{needed:,} bytes of the GPU were given back, graphs included, and {free:,} are free now"
             )
+
+    def _all_ranks(self, fine: bool) -> bool:
+        return fine if self._group is None else self._group.agree(fine)
+
+    def _park(self) -> None:
+        """Moves the weights to host memory, on all ranks or on none."""
+        lacking = ""
+        try:
+            self._parked = HostMemory(self._device, [tensor.nbytes for tensor in self._weights.tensors()])
+        except OutOfMemoryError as error:
+            lacking = str(error)
+        if not self._all_ranks(not lacking):
+            self._unpark()
+            raise OutOfMemoryError(lacking or "another rank has no room in host memory for its weights")
+        assert self._parked is not None
+        self._weights.move(self._parked.take)
 
     def _unpark(self) -> None:
         if self._parked is not None:

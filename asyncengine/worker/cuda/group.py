@@ -13,6 +13,7 @@ class Group:
 
     def __init__(self, shard: Shard, place: torch.device, fd: int) -> None:
         self.rank, self.world = shard
+        self._flag = torch.zeros(1, dtype=torch.int32, device=place)
         # Opened anew through the descriptor: what is locked must not be shared.
         store = dist.FileStore(f"/proc/self/fd/{fd}", self.world)  # type: ignore[attr-defined]
         dist.init_process_group(
@@ -22,6 +23,12 @@ class Group:
             world_size=self.world,
             device_id=place if place.type == "cuda" else None,
         )
+
+    def agree(self, fine: bool) -> bool:
+        """Whether all ranks say so; waits for them."""
+        self._flag.fill_(fine)
+        dist.all_reduce(self._flag, op=dist.ReduceOp.MIN)
+        return bool(self._flag.item())
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place."""

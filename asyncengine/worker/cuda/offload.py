@@ -35,6 +35,8 @@ class HostMemory:
         self._buffer = Buffer(nbytes)
         self._bytes = torch.frombuffer(memoryview(self._buffer), dtype=torch.uint8) if nbytes else None
         self._used = 0
+        self.copies: list[torch.Tensor] = []
+        """In the order in which they were taken in."""
         device.lock(self._buffer.address, nbytes)
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -43,6 +45,7 @@ class HostMemory:
         part = self._bytes[self._used : self._used + tensor.nbytes]
         copy = part.view(tensor.dtype).view(tensor.shape)
         self._used += _room(tensor.nbytes)
+        self.copies.append(copy)
         return copy.copy_(tensor, non_blocking=True)
 
     def close(self) -> None:
