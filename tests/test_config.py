@@ -46,6 +46,14 @@ def test_without_one_it_is_the_cpu(device):
     assert (config.device, config.block_size, config.max_num_batched_tokens) == ("cpu", 32, 512)
 
 
+@pytest.mark.parametrize(("cores", "ranks", "threads"), [(8, 1, 8), (8, 2, 4), (8, 3, 2), (2, 4, 1)])
+def test_ranks_share_the_cores(monkeypatch, cores, ranks, threads):
+    monkeypatch.setattr("asyncengine.config.usable_cores", lambda: cores)
+    spec = msgspec.structs.replace(SPEC, num_heads=24, num_kv_heads=24, intermediate_size=192)
+    assert made((), spec, tensor_parallel_size=ranks).num_threads == threads
+    assert made((), spec, tensor_parallel_size=ranks, num_threads=12).num_threads == 12 // ranks
+
+
 def test_cpu_is_cpu_whatever_is_there():
     assert made((H200,), device="cpu").device == "cpu"
 

@@ -99,7 +99,8 @@ AE_INLINE int64_t scales_at(const attention *a, const span *s, int64_t position)
 }
 
 /* The scales of a tile's int8 rows, [from, to) of the positions from `first` on. */
-static void load_scales(tile_data *t, const attention *a, const span *s, int64_t first, int64_t from, int64_t to) {
+static void load_scales(tile_data *t, const attention *a, const span *s, int64_t first, int64_t from,
+                        int64_t to) {
     for (int64_t i = from; i < to;) {
         const int64_t at = scales_at(a, s, first + i), left = i + a->block - (first + i) % a->block;
         const int64_t end = left < to ? left : to;
@@ -142,10 +143,10 @@ AE_INLINE vf load_words(const char *p, int64_t bytes) {
     return vf_load(words);
 }
 
-/* Columns [i, i + W) of the transposed keys at the dimensions in `bytes` bytes of rows from `byte` on. Words are
- * transposed, and taken apart after that: the fewest shuffles. */
-AE_INLINE void load_keys(int type, int expanded, tile_data *t, const char *const *key, int64_t i, int64_t byte,
-                         int64_t bytes) {
+/* Columns [i, i + W) of the transposed keys at the dimensions in `bytes` bytes of rows from `byte` on. Words
+ * are transposed, and taken apart after that: the fewest shuffles. */
+AE_INLINE void load_keys(int type, int expanded, tile_data *t, const char *const *key, int64_t i,
+                         int64_t byte, int64_t bytes) {
     const int size = expanded ? (int)ae_type_size(type) : 4, parts = 4 / size;
     vf v[W];
 #pragma GCC unroll 16
@@ -187,8 +188,9 @@ AE_INLINE void load_tile_as(int type, int expanded, tile_data *t, const attentio
 
 /* Brings a tile into scratch: keys transposed, as floats if `expanded` and else as words of the cache's type;
  * values as rows of floats, or where they lie. Meanwhile what is `ahead` comes nearer. */
-static __attribute__((noinline)) void load_tile(tile_data *t, const attention *a, const span *s, tile_rows *rows,
-                                                int64_t first, int expanded, row_queue *ahead) {
+static __attribute__((noinline)) void load_tile(tile_data *t, const attention *a, const span *s,
+                                                tile_rows *rows, int64_t first, int expanded,
+                                                row_queue *ahead) {
     if (a->type == AE_F32 || !expanded) load_tile_as(AE_F32, 0, t, a, rows, ahead);
     else if (a->type == AE_BF16) load_tile_as(AE_BF16, 1, t, a, rows, ahead);
     else if (a->type == AE_F16) load_tile_as(AE_F16, 1, t, a, rows, ahead);

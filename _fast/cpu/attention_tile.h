@@ -30,10 +30,10 @@ typedef struct attention_scratch {
 
 _Static_assert(sizeof(attention_scratch) <= AE_SCRATCH, "the scratch of attention");
 
-/* scores[i .. i + vectors * W) = scale * query . key, dimension by dimension. `type` says what the transposed keys
- * are: floats, or words of that type. */
-AE_INLINE void score_at(int lines, int vectors, int type, attention_scratch *s, const line_tile *t, int64_t dim,
-                        int64_t line, int64_t i) {
+/* scores[i .. i + vectors * W) = scale * query . key, dimension by dimension. `type` says what the transposed
+ * keys are: floats, or words of that type. */
+AE_INLINE void score_at(int lines, int vectors, int type, attention_scratch *s, const line_tile *t,
+                        int64_t dim, int64_t line, int64_t i) {
     const int parts = 4 / (int)ae_type_size(type);
     vf sum[LINES][VECTORS];
     const float *query[LINES], *key = s->data.keys + i;
@@ -71,7 +71,8 @@ AE_INLINE void score_at(int lines, int vectors, int type, attention_scratch *s, 
                      vf_mul(sum[r][k], vf_load(s->data.key_scale + i + k * W)));
 }
 
-AE_INLINE void score(int lines, int type, attention_scratch *s, const line_tile *t, int64_t dim, int64_t line) {
+AE_INLINE void score(int lines, int type, attention_scratch *s, const line_tile *t, int64_t dim,
+                     int64_t line) {
     int64_t begin = TILE_KEYS, end = 0;
     for (int r = 0; r < lines; r++) {
         const int64_t from = s->from[line + r], to = s->to[line + r];
@@ -85,9 +86,9 @@ AE_INLINE void score(int lines, int type, attention_scratch *s, const line_tile 
     for (; i < end; i += W) score_at(lines, 1, type, s, t, dim, line, i);
 }
 
-/* Scores of lines [lo, hi) into weights 2^(score - m), and `factor`, by which what a line has so far is to be scaled.
- * Each loop is over all of them, for one line's chain of operations is long. Not inlined, so that there is one
- * compilation of its arithmetic. */
+/* Scores of lines [lo, hi) into weights 2^(score - m), and `factor`, by which what a line has so far is to be
+ * scaled. Each loop is over all of them, for one line's chain of operations is long. Not inlined, so that
+ * there is one compilation of its arithmetic. */
 static __attribute__((noinline)) void weights(attention_scratch *s, const attention *a, int64_t lo,
                                               int64_t hi) {
     for (int64_t line = lo; line < hi; line++) {
@@ -123,10 +124,10 @@ static __attribute__((noinline)) void weights(attention_scratch *s, const attent
     }
 }
 
-/* acc[d .. d + vectors * W) = factor * acc + sum over the keys [from, to) of weight * value, of which n dimensions
- * exist. */
-AE_INLINE void accumulate_at(int lines, int vectors, int type, attention_scratch *s, int64_t padded, int64_t line,
-                             int64_t d, int64_t n, int64_t from, int64_t to) {
+/* acc[d .. d + vectors * W) = factor * acc + sum over the keys [from, to) of weight * value, of which n
+ * dimensions exist. */
+AE_INLINE void accumulate_at(int lines, int vectors, int type, attention_scratch *s, int64_t padded,
+                             int64_t line, int64_t d, int64_t n, int64_t from, int64_t to) {
     vf sum[LINES][VECTORS];
     float *acc = s->acc + line * padded + d;
     const float *p = s->scores + line % BATCH * TILE_KEYS;
@@ -147,8 +148,8 @@ AE_INLINE void accumulate_at(int lines, int vectors, int type, attention_scratch
         for (int k = 0; k < vectors; k++) vf_store(acc + r * padded + k * W, sum[r][k]);
 }
 
-AE_INLINE void accumulate(int lines, int type, attention_scratch *s, const attention *a, int64_t line, int64_t from,
-                          int64_t to) {
+AE_INLINE void accumulate(int lines, int type, attention_scratch *s, const attention *a, int64_t line,
+                          int64_t from, int64_t to) {
     const int64_t D = a->dim;
     int64_t d = 0;
     for (; d + VECTORS * W <= D; d += VECTORS * W)
@@ -161,7 +162,8 @@ AE_INLINE void accumulate(int lines, int type, attention_scratch *s, const atten
 /* The keys that all lines of the block see are added together, the others line by line: no line ever touches
  * what it does not see. `one` is for one line. */
 AE_INLINE void accumulate_block(int lines, int type, attention_scratch *s, const attention *a, int64_t line,
-                                void (*one)(attention_scratch *, const attention *, int64_t, int64_t, int64_t)) {
+                                void (*one)(attention_scratch *, const attention *, int64_t, int64_t,
+                                            int64_t)) {
     int64_t from = 0, to = TILE_KEYS;
     for (int r = 0; r < lines; r++) {
         from = s->from[line + r] > from ? s->from[line + r] : from;
@@ -183,28 +185,28 @@ typedef struct block_kernel {
 } block_kernel;
 
 #define NOINLINE static __attribute__((noinline)) void
-#define BLOCK(name, type, n)                                                                                   \
-    NOINLINE score_##name##_##n(attention_scratch *s, const attention *a, const line_tile *t, int64_t line) {  \
-        score(n, type, s, t, a->dim, line);                                                                    \
-    }                                                                                                          \
-    NOINLINE accumulate_##name##_##n(attention_scratch *s, const attention *a, int64_t line) {                 \
-        accumulate_block(n, type, s, a, line, accumulate_one_##name);                                          \
+#define BLOCK(name, type, n)                                                                                 \
+    NOINLINE score_##name##_##n(attention_scratch *s, const attention *a, const line_tile *t, int64_t line) {\
+        score(n, type, s, t, a->dim, line);                                                                  \
+    }                                                                                                        \
+    NOINLINE accumulate_##name##_##n(attention_scratch *s, const attention *a, int64_t line) {               \
+        accumulate_block(n, type, s, a, line, accumulate_one_##name);                                        \
     }
-#define BLOCKS(name, type)                                                                                     \
-    NOINLINE accumulate_one_##name(attention_scratch *s, const attention *a, int64_t line, int64_t from,       \
-                                   int64_t to) {                                                               \
-        if (from < to) accumulate(1, type, s, a, line, from, to);                                              \
-    }                                                                                                          \
-    BLOCK(name, type, 1)                                                                                       \
-    BLOCK(name, type, 2)                                                                                       \
-    BLOCK(name, type, 3)                                                                                       \
-    BLOCK(name, type, 4)                                                                                       \
-    BLOCK(name, type, 5)                                                                                       \
-    BLOCK(name, type, 6)                                                                                       \
-    static const block_kernel blocks_##name[LINES] = {                                                         \
-        {score_##name##_1, accumulate_##name##_1}, {score_##name##_2, accumulate_##name##_2},                  \
-        {score_##name##_3, accumulate_##name##_3}, {score_##name##_4, accumulate_##name##_4},                  \
-        {score_##name##_5, accumulate_##name##_5}, {score_##name##_6, accumulate_##name##_6},                  \
+#define BLOCKS(name, type)                                                                                   \
+    NOINLINE accumulate_one_##name(attention_scratch *s, const attention *a, int64_t line, int64_t from,     \
+                                   int64_t to) {                                                             \
+        if (from < to) accumulate(1, type, s, a, line, from, to);                                            \
+    }                                                                                                        \
+    BLOCK(name, type, 1)                                                                                     \
+    BLOCK(name, type, 2)                                                                                     \
+    BLOCK(name, type, 3)                                                                                     \
+    BLOCK(name, type, 4)                                                                                     \
+    BLOCK(name, type, 5)                                                                                     \
+    BLOCK(name, type, 6)                                                                                     \
+    static const block_kernel blocks_##name[LINES] = {                                                       \
+        {score_##name##_1, accumulate_##name##_1}, {score_##name##_2, accumulate_##name##_2},                \
+        {score_##name##_3, accumulate_##name##_3}, {score_##name##_4, accumulate_##name##_4},                \
+        {score_##name##_5, accumulate_##name##_5}, {score_##name##_6, accumulate_##name##_6},                \
     };
 BLOCKS(f32, AE_F32)
 BLOCKS(bf16, AE_BF16)
@@ -223,10 +225,10 @@ static void attend(attention_scratch *s, const attention *a, const line_tile *t,
     }
 }
 
-/* The partials of all lines over the positions [begin, end) of their span, which lie in one split. `next` is what
- * this thread will work on after it has done the span, or NULL. */
-NOINLINE attend_split(attention_scratch *s, const attention *a, const line_tile *t, int64_t begin, int64_t end,
-                      const line_tile *next) {
+/* The partials of all lines over the positions [begin, end) of their span, which lie in one split. `next` is
+ * what this thread will work on after it has done the span, or NULL. */
+NOINLINE attend_split(attention_scratch *s, const attention *a, const line_tile *t, int64_t begin,
+                      int64_t end, const line_tile *next) {
     const span part = {t->keys.table, t->keys.head, begin, end};
     /* Expanding a tile to floats pays where several blocks of lines read it. */
     const int expanded = t->lines > LINES || a->type == AE_F32;
@@ -254,8 +256,8 @@ NOINLINE attend_split(attention_scratch *s, const attention *a, const line_tile 
 }
 
 /* (M, L, out) <- the union of it and the partial (m, l, acc). Not inlined, see `weights`. */
-static __attribute__((noinline)) void merge(float *out, float *M, float *L, const float *acc, float m, float l,
-                                            int64_t padded) {
+static __attribute__((noinline)) void merge(float *out, float *M, float *L, const float *acc, float m,
+                                            float l, int64_t padded) {
     if (l == 0.0f) return; /* saw nothing in this split */
     if (*L == 0.0f) {
         memcpy(out, acc, (size_t)padded * sizeof(float));
@@ -265,8 +267,10 @@ static __attribute__((noinline)) void merge(float *out, float *M, float *L, cons
     const float max = *M > m ? *M : m;
     float power[W] = {*M - max, m - max};
     vf_store(power, vf_exp2(vf_load(power)));
-    for (int64_t d = 0; d < padded; d += W)
-        vf_store(out + d, vf_fma(vf_load(acc + d), vf_set(power[1]), vf_mul(vf_load(out + d), vf_set(power[0]))));
+    for (int64_t d = 0; d < padded; d += W) {
+        const vf had = vf_mul(vf_load(out + d), vf_set(power[0]));
+        vf_store(out + d, vf_fma(vf_load(acc + d), vf_set(power[1]), had));
+    }
     *L = *L * power[0] + l * power[1];
     *M = max;
 }
@@ -277,8 +281,9 @@ static void finish(const attention *a, int64_t token, int64_t h, float *merged, 
     const vf scale = vf_set(1.0f / L);
     for (int64_t d = 0; d < a->padded; d += W) vf_store(merged + d, vf_mul(vf_load(merged + d), scale));
     if (a->out) memcpy(a->out + token * width + h * D, merged, (size_t)D * sizeof(float));
-    if (a->row8) quantize_groups(a->row8 + token * ae_row8_bytes(width, a->row8_group), merged, width, a->row8_group,
-                                 h * D, (h + 1) * D);
+    if (a->row8)
+        quantize_groups(a->row8 + token * ae_row8_bytes(width, a->row8_group), merged, width, a->row8_group,
+                        h * D, (h + 1) * D);
 }
 
 #undef VECTORS

@@ -20,7 +20,7 @@ enum ae_dtype { AE_F32 = 0, AE_BF16 = 1, AE_F16 = 2, AE_Q8 = 3, AE_Q4 = 4, AE_I8
 enum ae_mode {
     AE_STORE, /* out = y */
     AE_ADD,   /* out += y */
-    AE_GATED  /* out [M,N/2] = silu(gate) * up, where y's panels of 32 columns alternate gate, up, gate, ... */
+    AE_GATED  /* out [M,N/2] = silu(gate) * up, where y's panels of 32 columns alternate gate, up, ... */
 };
 
 /* M, the number of rows an op works on. */
@@ -54,23 +54,23 @@ enum ae_code {
      *
      * p0 out · p1 x · p2 weight f32 [H] · n0 H · f0 eps:  out = x / sqrt(mean(x^2) + eps) * weight */
     AE_RMS_NORM,
-    /* p0 out · p1 x [M,K], for AE_Q8 and AE_Q4 weights quantized rows of group n4 · p2 weight, packed (pack.h)
-     * · p3 bias f32 [N] or NULL · n0 N · n1 K · n2 weight type · n4 group size and n5 has-minimum of quantized
-     * weights · n6 mode (enum ae_mode):  y = x @ weight.T + bias */
+    /* p0 out · p1 x [M,K], for AE_Q8 and AE_Q4 weights quantized rows of group n4 · p2 weight, packed
+     * (pack.h) · p3 bias f32 [N] or NULL · n0 N · n1 K · n2 weight type · n4 group size and n5 has-minimum of
+     * quantized weights · n6 mode (enum ae_mode):  y = x @ weight.T + bias */
     AE_LINEAR,
     /* p0 qkv f32 [T, (Hq + 2 Hk) D], rotated in place · p1 cos_sin f32 [positions, n3]: n3/2 cosines
-     * then n3/2 sines · p2 K cache · p3 V cache: blocks of [Hk, block, D], n8 bytes from block to block; those of
-     * AE_I8 have scales behind them (attention.h) · p4, p5 weight f32 [D] of the per-head RMS norm of q and k, or
-     * NULL · n0 Hq · n1 Hk · n2 D, for AE_I8 at most 512 · n3 rotary dim · n4 block size · n5 cache type · f0 eps
-     * of the norms.
+     * then n3/2 sines · p2 K cache · p3 V cache: blocks of [Hk, block, D], n8 bytes from block to block;
+     * those of AE_I8 have scales behind them (attention.h) · p4, p5 weight f32 [D] of the per-head RMS norm
+     * of q and k, or NULL · n0 Hq · n1 Hk · n2 D, for AE_I8 at most 512 · n3 rotary dim · n4 block size · n5
+     * cache type · f0 eps of the norms.
      * Norm, then rotate halves (x1, x2) -> (x1 c - x2 s, x2 c + x1 s), then write k and v at the
      * token's position: block_table[pos / block], row pos % block. */
     AE_ROPE_KV,
     /* p0 out f32 [T, Hq D], NULL if only p4 is wanted · p1 qkv · p2 K cache · p3 V cache, as for AE_ROPE_KV
-     * · p4 quantized rows of group n3, of which D must be a multiple · n0 Hq · n1 Hk · n2 D · n4 block size · n5
-     * cache type · n6 window (0: none) · n8 bytes from block to block · f0 scale.  Causal softmax attention of
-     * every token over the positions (pos - window, pos] of its own sequence; query head h reads KV head
-     * h / (Hq/Hk). p7 workspace of n7 bytes (see attention.h), or NULL · D is at most 512. */
+     * · p4 quantized rows of group n3, of which D must be a multiple · n0 Hq · n1 Hk · n2 D · n4 block size ·
+     * n5 cache type · n6 window (0: none) · n8 bytes from block to block · f0 scale.  Causal softmax
+     * attention of every token over the positions (pos - window, pos] of its own sequence; query head h reads
+     * KV head h / (Hq/Hk). p7 workspace of n7 bytes (see attention.h), or NULL · D is at most 512. */
     AE_ATTENTION,
     /* p0 out [S,H] · p1 x [T,H] · n0 H:  out[i] = x[sample_rows[i]] */
     AE_SELECT,
@@ -81,8 +81,8 @@ enum ae_code {
     AE_ALL_GATHER,
     /* p4 quantized rows of group n3 · p1 x f32 [M,K] · n0 K */
     AE_QUANTIZE,
-    /* p0 logits f32 [M,N] · p1, p2, p3, n0 N, n1, n2, n4, n5 as in AE_LINEAR · p4 ae_best [threads][M] (head.h),
-     * of which the first M are results · rows is AE_SAMPLES:  y = x @ weight.T + bias.
+    /* p0 logits f32 [M,N] · p1, p2, p3, n0 N, n1, n2, n4, n5 as in AE_LINEAR · p4 ae_best [threads][M]
+     * (head.h), of which the first M are results · rows is AE_SAMPLES:  y = x @ weight.T + bias.
      * Row s is stored where head_k[s] < 1; else only the head_k[s] <= 64 best of y / head_temperature[s] are
      * kept, ties to the lower id. */
     AE_HEAD,

@@ -26,8 +26,8 @@ int64_t ae_source_bytes(int type, int64_t count);
 /* out[i] = row[start + i] for i < count, any start and count inside the row. */
 void ae_dequantize(float *out, const void *row, int type, int64_t start, int64_t count);
 
-/* How a source's values are coded where runs of 32 columns share a scale and a minimum: value = scale * code +
- * minimum, with `bits` wide codes (0: it is not coded so), and the minimum -zero * scale where zero >= 0. */
+/* How a source's values are coded where runs of 32 columns share a scale and a minimum: value = scale * code
+ * + minimum, with codes of `bits` (0: it is not coded so), and the minimum -zero * scale where zero >= 0. */
 typedef struct ae_coding {
     int bits, zero;
 } ae_coding;

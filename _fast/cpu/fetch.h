@@ -1,9 +1,10 @@
 /* Weights are fetched into the cache ahead of their use.
  *
- * A thread gets more from memory when it asks for lines of several pages in turn than when it reads from front
- * to back: two threads 34 GB/s against 25 on a two-core Ice Lake. So a region is fetched window by window, a
- * window in eight parts, and lines of all parts in turn; the reader follows, front to back, a window behind.
- * Behind the end of a region comes the beginning of the one that will be read next, of a later operation.
+ * A thread gets more from memory when it asks for lines of several pages in turn than when it reads from
+ * front to back: two threads 34 GB/s against 25 on a two-core Ice Lake. So a region is fetched window by
+ * window, a window in eight parts, and lines of all parts in turn; the reader follows, front to back, a
+ * window behind. Behind the end of a region comes the beginning of the one that will be read next, of a later
+ * operation.
  */
 #pragma once
 #include <stddef.h>
@@ -24,12 +25,13 @@ typedef struct ae_fetch {
     const char *at;         /* in the first part of the window */
     int64_t left;           /* of the window, in units of AE_FETCH_BYTES */
     int64_t windows;        /* left of the region, this one included; 0: all of it is fetched */
-    int64_t due;            /* bytes that the reader may still ask for, so that it is not left too far behind */
+    int64_t due;            /* bytes that the reader may still ask for: it is not left too far behind */
 } ae_fetch;
 
 static inline ae_region ae_region_of(const char *start, int64_t bytes) {
     ae_region r = {.start = start, .windows = (bytes + AE_FETCH_WINDOW - 1) / AE_FETCH_WINDOW};
-    if (r.windows) r.part = (bytes + r.windows * AE_FETCH_BYTES - 1) / (r.windows * AE_FETCH_BYTES) * AE_FETCH_LINES;
+    const int64_t units = r.windows * AE_FETCH_BYTES;
+    if (units) r.part = (bytes + units - 1) / units * AE_FETCH_LINES;
     return r;
 }
 
@@ -41,8 +43,8 @@ static inline void ae_fetch_region(ae_fetch *f, ae_region region) {
     f->next.windows = 0;
 }
 
-/* Called by the reader for every AE_FETCH_BYTES that it takes: as much is fetched, but no more than is due. There
- * is no call in it, around which a caller would have to save its sums. */
+/* Called by the reader for every AE_FETCH_BYTES that it takes: as much is fetched, but no more than is due.
+ * There is no call in it, around which a caller would have to save its sums. */
 static inline __attribute__((always_inline)) void ae_fetch_more(ae_fetch *f) {
     if (f->due < AE_FETCH_BYTES) return;
     f->due -= AE_FETCH_BYTES;
@@ -62,8 +64,8 @@ static inline __attribute__((always_inline)) void ae_fetch_more(ae_fetch *f) {
     }
 }
 
-/* The reader begins with a region of `bytes`, whose first window is fetched at once unless it is already; `next`,
- * of no bytes where it is not known, is what it will read then. */
+/* The reader begins with a region of `bytes`, whose first window is fetched at once unless it is already;
+ * `next`, of no bytes where it is not known, is what it will read then. */
 static inline void ae_fetch_begin(ae_fetch *f, const char *start, int64_t bytes, ae_region next) {
     const ae_region region = ae_region_of(start, bytes);
     if (f->region.start != start) {

@@ -118,7 +118,8 @@ static void open_item(line_tile *t, const attention *a, const work *w, int64_t i
     const int64_t lo = tile * w->tile_lines, hi = lo + w->tile_lines < lines ? lo + w->tile_lines : lines;
     open_tile(t, a, w->row, index % a->kv_heads, lo, hi);
     if (!w->partials) return;
-    const int64_t split = index / a->kv_heads % parts, begin = (w->first_split + split) * SPLIT, end = begin + SPLIT;
+    const int64_t split = index / a->kv_heads % parts;
+    const int64_t begin = (w->first_split + split) * SPLIT, end = begin + SPLIT;
     t->partials = partials_of(w, a, split);
     t->keys.begin = begin > t->keys.begin ? begin : t->keys.begin;
     t->keys.end = end < t->keys.end ? end : t->keys.end;

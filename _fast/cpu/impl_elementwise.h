@@ -6,7 +6,8 @@
 #include "typed.h"
 
 AE_INLINE void widen_row(int type, float *out, const void *table, int64_t first, int64_t n) {
-    for (int64_t i = 0; i < n; i += W) store_as(AE_F32, out, i, load_as(type, table, first + i, n - i), n - i);
+    for (int64_t i = 0; i < n; i += W)
+        store_as(AE_F32, out, i, load_as(type, table, first + i, n - i), n - i);
 }
 
 static void k_embed(const ae_op *op, const ae_step *step, const ae_thread *thread) {

@@ -4,10 +4,10 @@
 #include "impl_quantize.h"
 #include "simd.h"
 
-/* out = x / sqrt(mean(x^2) + eps) * weight over n elements, as floats (out may be x, or NULL) and as a quantized
- * row of `group` (row8 may be NULL). */
-AE_INLINE void norm_row(float *out, int8_t *row8, int64_t group, const float *x, const float *weight, int64_t n,
-                        float eps) {
+/* out = x / sqrt(mean(x^2) + eps) * weight over n elements, as floats (out may be x, or NULL) and as a
+ * quantized row of `group` (row8 may be NULL). */
+AE_INLINE void norm_row(float *out, int8_t *row8, int64_t group, const float *x, const float *weight,
+                        int64_t n, float eps) {
     enum { CHUNK = 512 };
     vf sums[4] = {vf_zero(), vf_zero(), vf_zero(), vf_zero()};
     int64_t i = 0;
@@ -31,8 +31,8 @@ AE_INLINE void norm_row(float *out, int8_t *row8, int64_t group, const float *x,
             vf_store(to + i - begin, vf_mul(vf_mul(vf_load(x + i), scale), vf_load(weight + i)));
         if (i < end) {
             int rest = (int)(end - i);
-            vf_store_n(to + i - begin, vf_mul(vf_mul(vf_load_n(x + i, rest), scale), vf_load_n(weight + i, rest)),
-                       rest);
+            vf scaled = vf_mul(vf_load_n(x + i, rest), scale);
+            vf_store_n(to + i - begin, vf_mul(scaled, vf_load_n(weight + i, rest)), rest);
         }
         if (row8) quantize_groups(row8, to, n, group, begin, end);
     }
@@ -56,6 +56,6 @@ static void k_rms_norm(const ae_op *op, const ae_step *step, const ae_thread *th
     int64_t lo, hi;
     ae_share(thread, ae_rows_of(op, step), 1, &lo, &hi);
     for (int64_t m = lo; m < hi; m++)
-        norm_row(out_row(op, m, H), out_row8(op, m, H), op->n[3], (const float *)op->p[1] + m * H, op->p[2], H,
-                 op->f[0]);
+        norm_row(out_row(op, m, H), out_row8(op, m, H), op->n[3], (const float *)op->p[1] + m * H, op->p[2],
+                 H, op->f[0]);
 }

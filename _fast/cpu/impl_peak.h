@@ -61,7 +61,8 @@ static double peak_bf16(int64_t repeats) { return peak_f32(repeats); }
 
 static double peak_int8(int64_t repeats) {
 #define STEP(sum, a, b) dot(sum, a, b)
-    PEAK_LOOP(vi, codes, signed4, vi_set(0), codes_of(vi_set(0x01020304)), signed4_set(0x01FF02FE), STEP) * (8 * W);
+    PEAK_LOOP(vi, codes, signed4, vi_set(0), codes_of(vi_set(0x01020304)), signed4_set(0x01FF02FE), STEP) *
+        (8 * W);
 #undef STEP
 }
 

@@ -16,7 +16,9 @@ AE_INLINE vi peak_max(vi peak, vf x) {
 }
 AE_INLINE int32_t peak_of(vi peak) { return _mm512_reduce_max_epi32(peak); }
 AE_INLINE vi to_codes(vf x) { return _mm512_cvtps_epi32(x); }
-AE_INLINE void store_codes(int8_t *q, vi codes) { _mm_storeu_si128((__m128i *)q, _mm512_cvtepi32_epi8(codes)); }
+AE_INLINE void store_codes(int8_t *q, vi codes) {
+    _mm_storeu_si128((__m128i *)q, _mm512_cvtepi32_epi8(codes));
+}
 AE_INLINE vi codes_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 AE_INLINE int32_t codes_sum(vi a) { return _mm512_reduce_add_epi32(a); }
 #elif defined(AE_LEVEL_AVX2)
@@ -59,7 +61,8 @@ AE_INLINE int32_t codes_sum(vi a) { return (a[0] + a[1]) + (a[2] + a[3]); }
 #endif
 
 /* n values of a group as `group` codes. */
-AE_INLINE void quantize_group(int8_t *q, float *scale, int32_t *sum, const float *x, int64_t n, const int group) {
+AE_INLINE void quantize_group(int8_t *q, float *scale, int32_t *sum, const float *x, int64_t n,
+                              const int group) {
 #define GROUP_VECTOR(i) \
     (n - (i) >= W ? vf_load(x + (i)) : n - (i) > 0 ? vf_load_n(x + (i), (int)(n - (i))) : vf_zero())
     vi peaks = peak_zero(), sums = peak_zero();
@@ -83,7 +86,8 @@ AE_INLINE void quantize_group(int8_t *q, float *scale, int32_t *sum, const float
 #undef GROUP_VECTOR
 }
 
-AE_INLINE void quantize_run(int8_t *row8, const float *x, int64_t k, int64_t begin, int64_t end, const int group) {
+AE_INLINE void quantize_run(int8_t *row8, const float *x, int64_t k, int64_t begin, int64_t end,
+                            const int group) {
     float *scales = ae_row8_scales(row8, k, group);
     int32_t *sums = ae_row8_sums(row8, k, group);
     int64_t at = begin, g = begin / group;
@@ -117,8 +121,8 @@ static void k_quantize(const ae_op *op, const ae_step *step, const ae_thread *th
     for (int64_t unit = lo; unit < hi; unit++) {
         const int64_t m = unit / chunks, begin = unit % chunks * CHUNK;
         const int64_t end = begin + CHUNK < k ? begin + CHUNK : k;
-        quantize_groups((int8_t *)op->p[4] + m * bytes, (const float *)op->p[1] + m * k + begin, k, group, begin,
-                        end);
+        const float *x = (const float *)op->p[1] + m * k;
+        quantize_groups((int8_t *)op->p[4] + m * bytes, x + begin, k, group, begin, end);
     }
 }
 

@@ -37,7 +37,8 @@ static void quantize_values(int8_t *codes, float *scale, const float *x, int64_t
         return;
     }
     const vf inverse = vf_set(127.0f / peak);
-    for (int64_t i = 0; i < n; i += W) store_codes(staged + i, to_codes(vf_mul(load_as(AE_F32, x, i, n - i), inverse)));
+    for (int64_t i = 0; i < n; i += W)
+        store_codes(staged + i, to_codes(vf_mul(load_as(AE_F32, x, i, n - i), inverse)));
     memcpy(codes, staged, (size_t)n);
     *scale = peak / 127.0f;
 }
@@ -47,7 +48,10 @@ static void write_row(int type, char *block, int64_t rows, int64_t row, const fl
     if (type == AE_F32) narrow_row(AE_F32, block, row * D, x, D);
     else if (type == AE_BF16) narrow_row(AE_BF16, block, row * D, x, D);
     else if (type == AE_F16) narrow_row(AE_F16, block, row * D, x, D);
-    else quantize_values((int8_t *)block + row * D, (float *)(block + ae_kv_scales_at(1, rows, D)) + row, x, D);
+    else {
+        float *scales = (float *)(block + ae_kv_scales_at(1, rows, D));
+        quantize_values((int8_t *)block + row * D, scales + row, x, D);
+    }
 }
 
 static void k_rope_kv(const ae_op *op, const ae_step *step, const ae_thread *thread) {

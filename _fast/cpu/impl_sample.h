@@ -45,7 +45,9 @@ static int is_leader(const row *r) { return r->thread->tid == r->first; }
 static float *copy_at(desk *d) { return (float *)((char *)d + AE_DESK_HEADER); }
 static float *w_at(const row *r, desk *d) { return copy_at(d) + ae_sample_padded(r->a->vocab); }
 static float *x_at(const row *r, desk *d) { return w_at(r, d) + ae_sample_padded(r->a->vocab); }
-static int32_t *ids_at(const row *r, desk *d) { return (int32_t *)x_at(r, d) + ae_sample_padded(r->a->vocab); }
+static int32_t *ids_at(const row *r, desk *d) {
+    return (int32_t *)x_at(r, d) + ae_sample_padded(r->a->vocab);
+}
 /* Of the leader's: largest elements of runs, sums of strips. */
 static float *peaks_of(const row *r) {
     return (float *)ids_at(r, desk_of(r, 0)) + ae_sample_padded(r->a->vocab);
@@ -267,7 +269,8 @@ static void penalize(const row *r, float *y) {
     const int64_t s = r->s;
     const int32_t *counts = (const int32_t *)(uintptr_t)OPTION(counts, 0);
     const uint8_t *prompt = (const uint8_t *)(uintptr_t)OPTION(prompt_mask, 0);
-    const float repetition = OPTION(repetition, 1.0f), f = OPTION(frequency, 0.0f), p = OPTION(presence, 0.0f);
+    const float repetition = OPTION(repetition, 1.0f);
+    const float f = OPTION(frequency, 0.0f), p = OPTION(presence, 0.0f);
     memcpy(y + r->lo, r->x + r->lo, (size_t)(r->hi - r->lo) * sizeof *y);
     if (repetition != 1.0f && (counts || prompt)) {
         for (int64_t i = r->lo; i < r->hi; i++) {

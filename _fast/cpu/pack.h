@@ -70,7 +70,8 @@ static inline int64_t ae_target_panels(const ae_packing *p) {
 static inline ae_lanes ae_lanes_of(const ae_packing *p, int64_t index) {
     const ae_target *t = p->target;
     const int64_t panel = t->row_offset / AE_PANEL + index, base = panel * AE_PANEL;
-    const int64_t stop = t->row_offset + p->source->rows, columns = p->source->col_stop - p->source->col_start;
+    const int64_t stop = t->row_offset + p->source->rows;
+    const int64_t columns = p->source->col_stop - p->source->col_start;
     const int64_t lo = base > t->row_offset ? base : t->row_offset;
     const int64_t hi = base + AE_PANEL < stop ? base + AE_PANEL : stop;
     const int64_t bytes = ae_panel_bytes(columns, t->type, t->group, t->minimum);

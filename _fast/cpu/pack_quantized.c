@@ -42,7 +42,8 @@ static range range_of(const float *x, int64_t n) {
 
 /* Codes (x - minimum) / scale, rounded and limited to [0, most]. */
 static void encode(coded *c, const float *x, int64_t n, float scale, float minimum, int most) {
-    const vf inverse = vf_set(scale != 0 ? 1 / scale : 0), first = vf_set(minimum), last = vf_set((float)most);
+    const vf inverse = vf_set(scale != 0 ? 1 / scale : 0);
+    const vf first = vf_set(minimum), last = vf_set((float)most);
     for (int64_t i = 0; i < n; i += W) {
         vf q = vf_round(vf_mul(vf_sub(vf_load(x + i), first), inverse));
         q = vf_min(vf_max(q, vf_zero()), last); /* in this order a NaN becomes 0 */

@@ -311,9 +311,9 @@ AE_INLINE vf vf_load_i8(const int8_t *p) { return vf_load_i8_n(p, W); }
 
 #endif
 
-/* 2^x within 2e-7 of itself for -126 <= x <= 0: the weights of a softmax. 2^-inf = 0, NaN stays NaN; the operand
- * order of max lets it through. x = n + r with |r| <= 1/2; the polynomial is the minimax one for 2^r whose
- * constant term is 1. */
+/* 2^x within 2e-7 of itself for -126 <= x <= 0: the weights of a softmax. 2^-inf = 0, NaN stays NaN; the
+ * operand order of max lets it through. x = n + r with |r| <= 1/2; the polynomial is the minimax one for 2^r
+ * whose constant term is 1. */
 AE_INLINE vf vf_exp2(vf x) {
     x = vf_max(vf_set(-150.0f), x);
     vf n = vf_round(x), r = vf_sub(x, n);

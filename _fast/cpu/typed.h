@@ -8,8 +8,10 @@ static inline size_t ae_type_size(int type) { return type == AE_F32 ? 4 : type =
 
 /* Elements [i, i + n) of p, n <= W; zeros beyond. */
 AE_INLINE vf load_as(int type, const void *p, int64_t i, int64_t n) {
-    if (type == AE_F32) return n >= W ? vf_load((const float *)p + i) : vf_load_n((const float *)p + i, (int)n);
-    if (type == AE_I8) return n >= W ? vf_load_i8((const int8_t *)p + i) : vf_load_i8_n((const int8_t *)p + i, (int)n);
+    if (type == AE_F32)
+        return n >= W ? vf_load((const float *)p + i) : vf_load_n((const float *)p + i, (int)n);
+    if (type == AE_I8)
+        return n >= W ? vf_load_i8((const int8_t *)p + i) : vf_load_i8_n((const int8_t *)p + i, (int)n);
     const uint16_t *h = (const uint16_t *)p + i;
     if (type == AE_BF16) return n >= W ? vf_load_bf16(h) : vf_load_bf16_n(h, (int)n);
     return n >= W ? vf_load_f16(h) : vf_load_f16_n(h, (int)n);

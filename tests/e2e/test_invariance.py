@@ -86,9 +86,16 @@ def test_eager(case):
     assert generate(model, PROMPTS, params, enforce_eager=True) == alone
 
 
-def test_one_thread(case):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_number_of_threads(case, threads):
     model, params, alone = case
-    assert generate(model, PROMPTS, params, num_threads=1) == alone
+    assert generate(model, PROMPTS, params, num_threads=threads) == alone
+
+
+def test_bfloat16_op_by_op_and_on_any_number_of_threads(demo_gguf):
+    recorded = generate(demo_gguf, PROMPTS, GREEDY, dtype="bfloat16")
+    for engine in ({"enforce_eager": True}, {"num_threads": 1}, {"num_threads": 3, "enforce_eager": True}):
+        assert generate(demo_gguf, PROMPTS, GREEDY, dtype="bfloat16", **engine) == recorded, engine
 
 
 def test_seeds_differ_and_unseeded_requests_differ(demo_gguf):
