@@ -6,6 +6,7 @@ import pytest
 from asyncengine._fast import cpu
 
 from .one_op import LEVELS, TYPES, narrowed, run, team, widened
+from .test_quantized import FORMATS, Rows, Weight, quantized
 
 PANEL = 32
 STORE, ADD, GATED = range(3)
@@ -106,3 +107,69 @@ def test_gates_at_their_ends(level: str) -> None:
     packed, _ = pack(alternating(gate, up), "f32")
     run(team(level), cpu.LINEAR, [out, one, packed.address, None], sizes, num_tokens=1)
     assert np.isnan(out[0, 4]) and np.isinf(out[0, 5])
+
+
+def product(rows: Rows, values: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """rows @ values.T + bias in float64, and how far float32 may be from it (as in `test_quantized`)."""
+    x = rows.values()
+    magnitude = np.abs(x) @ np.abs(values).T + np.abs(x).sum(axis=1, keepdims=True) * 3 + np.abs(bias)
+    return x @ values.T + bias, 1e-6 * magnitude
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("dtype", "minimum"), FORMATS)
+@pytest.mark.parametrize(("n", "k", "group"), [(1, 5, 32), (33, 170, 64), (320, 129, 128)])
+def test_quantized_add(level: str, dtype: str, minimum: bool, n: int, k: int, group: int) -> None:
+    rng = np.random.default_rng([n, k])
+    weight, bias = Weight(n, k, dtype, group, minimum), rng.standard_normal(n, np.float32)
+    rows = quantized(level, rng.standard_normal((ROWS[-1], k), np.float32), group)
+    expected, error = product(rows, weight.values, bias)
+    before = rng.standard_normal((ROWS[-1], n), np.float32)
+    for m in ROWS:
+        stored, added = guarded(m, n), guarded(m, n)
+        added[:m] = before[:m]
+        p = [rows.bytes, weight.bytes, bias]
+        run(team(level, 1), cpu.LINEAR, [stored, *p], weight.sizes(STORE), num_tokens=m)
+        run(team(level, 3), cpu.LINEAR, [added, *p], weight.sizes(ADD), num_tokens=m)
+        np.testing.assert_array_equal(added[:m], before[:m] + stored[:m])
+        assert np.isnan(stored[m]).all() and np.isnan(added[m]).all()
+        assert (np.abs(stored[:m] - expected[:m]) <= error[:m]).all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("dtype", "minimum"), FORMATS)
+@pytest.mark.parametrize(
+    ("n", "k", "group", "out_group"), [(1, 5, 32, 64), (70, 33, 64, 32), (200, 130, 128, 128)]
+)
+def test_quantized_gated(
+    level: str, dtype: str, minimum: bool, n: int, k: int, group: int, out_group: int
+) -> None:
+    """As floats, and as the quantized rows of them, with or without the floats."""
+    rng = np.random.default_rng([n, k])
+    half = -(-n // PANEL) * PANEL
+    weight = Weight(2 * half, k, dtype, group, minimum)
+    weight.n = 2 * n
+    parts = weight.values.reshape(half // PANEL, 2, PANEL, k).swapaxes(0, 1).reshape(2, half, k)[:, :n]
+    biases = rng.standard_normal((2, n), np.float32)
+    rows = quantized(level, rng.standard_normal((ROWS[-1], k), np.float32), group)
+    (g, g_error), (u, u_error) = (product(rows, w, b) for w, b in zip(parts, biases, strict=True))
+    silu = g / (1 + np.exp(-g))
+    error = 1.1 * g_error * np.abs(u) + np.abs(silu) * u_error + 1e-6 * np.abs(silu * u) + 1e-6
+    for m in ROWS:
+        out, alone = guarded(m, n), None
+        p = [rows.bytes, weight.bytes, alternating(*biases)]
+        run(team(level, 1), cpu.LINEAR, [out, *p], weight.sizes(GATED), num_tokens=m)
+        assert np.isnan(out[m]).all() and (np.abs(out[:m] - silu[:m] * u[:m]) <= error[:m]).all()
+        for threads, floats in ((2, guarded(m, n)), (3, None)):
+            row8 = Rows(m, n, out_group)
+            run(
+                *(team(level, threads), cpu.LINEAR, [floats, *p, row8.bytes]),
+                weight.sizes(GATED, out_group),
+                num_tokens=m,
+            )
+            row8.check(out[:m])
+            if floats is not None:
+                np.testing.assert_array_equal(floats, out)
+            if alone is not None:
+                np.testing.assert_array_equal(row8.bytes, alone)
+            alone = row8.bytes
