@@ -41,8 +41,13 @@ class Layer:
             name: np.zeros(MOST_TOKENS, np.int32) for name in ("token_ids", "positions", "token_row")
         }
         self.arrays |= {name: np.zeros(MOST_ROWS + 1, np.int32) for name in ("query_start", "context_len")}
-        self.arrays |= {"row_slot": np.zeros(MOST_ROWS, np.int32), "sample_rows": np.zeros(MOST_ROWS, np.int32)}
-        self.arrays["block_table"] = self.rng.permutation(MOST_ROWS * TABLE).reshape(-1, TABLE).astype(np.int32)
+        self.arrays |= {
+            "row_slot": np.zeros(MOST_ROWS, np.int32),
+            "sample_rows": np.zeros(MOST_ROWS, np.int32),
+        }
+        self.arrays["block_table"] = (
+            self.rng.permutation(MOST_ROWS * TABLE).reshape(-1, TABLE).astype(np.int32)
+        )
         # Rows that are stored, and rows of which a few candidates are kept.
         self.arrays["head_k"] = np.array([-1, 1, 40] * 3, np.int32)
         self.step = cpu.Step(head_temperature=np.ones(MOST_ROWS, np.float32), **self.arrays)
@@ -92,7 +97,11 @@ class Layer:
             add(cpu.LINEAR, [out, source, self.weight(n, k), 0, row8], sizes)
 
         normed, qkv, mixed = (self.zeros(MOST_TOKENS, w).ctypes.data for w in (HIDDEN, QKV, Q_HEADS * DIM))
-        gated, normed8, gated8 = self.zeros(MOST_TOKENS, INNER).ctypes.data, self.row8(HIDDEN), self.row8(INNER)
+        gated, normed8, gated8 = (
+            self.zeros(MOST_TOKENS, INNER).ctypes.data,
+            self.row8(HIDDEN),
+            self.row8(INNER),
+        )
         mixed8 = self.row8(Q_HEADS * DIM)
         add(cpu.EMBED, [x, table.ctypes.data], [HIDDEN, cpu.F32, 0, VOCAB])
         add(cpu.RMS_NORM, [normed, x, norm.ctypes.data, 0, normed8], [HIDDEN, 0, 0, group])
