@@ -24,8 +24,8 @@
 #define MAX_ROWS 2
 #endif
 
-/* Blocks of k for batches of several tiles, which share a block of a panel in the L1 cache; in large batches it
- * holds the next one too. */
+/* Blocks of k for batches of several tiles, which share a block of a panel in the L1 cache; in large batches
+ * it holds the next one too. */
 #define BLOCK_K 512
 #define LARGE_BLOCK_K 256
 
@@ -179,7 +179,8 @@ static void float_piece(tile t, int type, int64_t rows) {
 }
 
 /* The block of k from `start` on, of panel p, of a chunk. */
-static tile block_of(const tile *all, const linear *l, int64_t start, int64_t most, int64_t p, int64_t x_bytes) {
+static tile block_of(const tile *all, const linear *l, int64_t start, int64_t most, int64_t p,
+                     int64_t x_bytes) {
     tile t = *all;
     t.x += start * x_bytes;
     t.w += p * ae_panel_bytes(l->k, l->type, 0, 0) + ae_panel_bytes(start, l->type, 0, 0);
@@ -205,8 +206,8 @@ static void float_chunk(const linear *l, int64_t row, int64_t rows, int64_t pane
                 .out_stride = stride,
                 .columns = columns,
                 .fetch = thread->fetch};
-    /* A small batch goes panel by panel: from front to back, as they are fetched. A large one goes block by block
-     * of k, so that its x stays in the L2 cache. */
+    /* A small batch goes panel by panel: from front to back, as they are fetched. A large one goes block by
+     * block of k, so that its x stays in the L2 cache. */
     int by_panels = is_small(l);
 #if defined(AE_LEVEL_AVX512BF16)
     const int convert = l->type == AE_BF16;

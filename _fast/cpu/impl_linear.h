@@ -36,8 +36,8 @@ static linear linear_of(const ae_op *op, const ae_step *step) {
     return l;
 }
 
-/* How a call is cut. The panels of a small batch (linear.h) are shared out evenly: so a thread knows which ones
- * it will read, and can fetch them in time. Of a large batch item i is row group i / chunks, panel chunk
+/* How a call is cut. The panels of a small batch (linear.h) are shared out evenly: so a thread knows which
+ * ones it will read, and can fetch them in time. Of a large batch item i is row group i / chunks, panel chunk
  * i % chunks, and goes to whoever is free. */
 typedef struct cut {
     int64_t panel, stop; /* what is left of this thread's panels of a small batch */
@@ -113,7 +113,8 @@ static cut begin_linear(const ae_op *op, const linear *l, const ae_step *step, c
         const cut cut_after = cut_linear(&after, unit_of(thread->upcoming), thread);
         if (is_small(&after)) next = share_of(&after, &cut_after);
     }
-    ae_fetch_begin(thread->fetch, l->weight + c.panel * panel_bytes_of(l), (c.stop - c.panel) * panel_bytes_of(l), next);
+    const int64_t bytes = panel_bytes_of(l);
+    ae_fetch_begin(thread->fetch, l->weight + c.panel * bytes, (c.stop - c.panel) * bytes, next);
     return c;
 }
 

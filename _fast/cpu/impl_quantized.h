@@ -110,7 +110,8 @@ AE_INLINE void int_run(const int_tile *t, const int bits, const int rows) {
         }
         for (unread -= group_bytes; unread < 0; unread += t->every) ae_fetch_more(t->fetch);
         EACH(v, PANEL_VECTORS) {
-            const vf d = vf_load_f16((const uint16_t *)w + v * W), biased = vf_mul(d, vf_set(-INT_BIAS_FLOAT));
+            const vf d = vf_load_f16((const uint16_t *)w + v * W);
+            const vf biased = vf_mul(d, vf_set(-INT_BIAS_FLOAT));
             EACH(m, rows) total[m][v] = add_scaled(total[m][v], sum[m][v], d, biased, &t->rows[m].scale[g]);
         }
     }
@@ -230,8 +231,8 @@ static void by_panels(const int_chunk *c) {
             int_piece(tile_at(c, b, c->prepared + b * c->rows, p), c->rows, c->l->type == AE_Q4);
 }
 
-/* Block by block, so that x and what is known of it stay in the L2 cache; a piece is fetched while the one before
- * is multiplied. */
+/* Block by block, so that x and what is known of it stay in the L2 cache; a piece is fetched while the one
+ * before is multiplied. */
 static void by_blocks(const int_chunk *c) {
     for (int64_t b = 0; b < c->blocks; b++) {
         prepare_block(c, b, c->prepared);

@@ -1,4 +1,4 @@
-/* Kernels for x86-64 with AVX2 and its 8-bit dot product: Intel's client processors since Alder Lake, Zen 5. */
+/* Kernels for x86-64 with AVX2 and its 8-bit dot product: Intel's client processors since Alder Lake. */
 #include "comm.h"
 #include "kernels.h"
 #include "sample.h"

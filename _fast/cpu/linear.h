@@ -1,4 +1,4 @@
-/* A linear layer as the chunk kernels see it (impl_gemm.h for float weights, impl_quantized.h for integers). */
+/* A linear layer as the chunk kernels see it (impl_gemm.h: float weights, impl_quantized.h: integers). */
 #pragma once
 #include "cpu.h"
 #include "pack.h"
@@ -14,13 +14,13 @@ typedef struct linear {
     int64_t panels; /* of 32 columns: n rounded up, for a gated pair each half of n rounded up */
 } linear;
 
-/* Rows of an item of a large batch: what they read of x stays in the L2 cache. A batch of no more is small. */
+/* Rows of an item of a large batch: what they read of x stays in the L2 cache. One of no more is small. */
 #define GROUP_ROWS 96
 
 static inline int is_small(const linear *l) { return l->m <= GROUP_ROWS; }
 
-/* The bytes that a tile reads before it asks for more, where no other tile reads the same: somewhat less than what
- * it gets, for regions end in odd places. */
+/* The bytes that a tile reads before it asks for more, where no other tile reads the same: somewhat less than
+ * what it gets, for regions end in odd places. */
 #define FETCH_EVERY (AE_FETCH_BYTES * 15 / 16)
 
 static inline int ae_is_quantized(const linear *l) { return l->type == AE_Q8 || l->type == AE_Q4; }

@@ -18,8 +18,8 @@
  * sum of q. A group of zeros (or below 2^-120) has scale 0; a group with a NaN or an infinity has scale NaN
  * and zeros, so that it shows.
  *
- * The product is, over blocks of whole groups that K and G determine, in ascending order, in float32: for every
- * group of the block
+ * The product is, over blocks of whole groups that K and G determine, in ascending order, in float32: for
+ * every group of the block
  *     y += (d * (float)(dot(q_w, q_x) - Z sum)) * scale      then, with minima, for every group
  *     y += m * (scale * sum)
  * with the dot product exact in 32-bit integers: the same for every tiling, batch and number of threads.

@@ -1,8 +1,8 @@
 /* Integer dot products on top of simd.h: `vi` holds W lanes of 32 bits, in each of which four unsigned bytes
  * (codes of weights) meet four signed ones (activations).
  *
- * Sums start from INT_BIAS; vi_biased() gives INT_BIAS_FLOAT + sum, exact while |sum| < 2^22. The bias lies in
- * the middle of a range where floats are one apart, so that the bits of a biased sum are that float's: no
+ * Sums start from INT_BIAS; vi_biased() gives INT_BIAS_FLOAT + sum, exact while |sum| < 2^22. The bias lies
+ * in the middle of a range where floats are one apart, so that the bits of a biased sum are that float's: no
  * conversion, and a fused multiply-add takes the bias out again. (Where that is not fused there is no bias.)
  *
  * dot() is exact at every level. Without VNNI the bytes are widened to 16 bits, even and odd ones apart: the
