@@ -43,18 +43,20 @@ static inline void ae_fetch_region(ae_fetch *f, ae_region region) {
     f->next.windows = 0;
 }
 
-/* Called by the reader for every AE_FETCH_BYTES that it takes: as much is fetched, but no more than is due.
+/* What AE_FETCH_BYTES of a region are: two lines each at `line`, `line + part` and so on. */
+typedef struct ae_ahead {
+    const char *line;
+    int64_t part, left; /* `left`: of the parts */
+} ae_ahead;
+
+/* Called by the reader for every AE_FETCH_BYTES that it takes: as much is to be fetched, but no more than is due.
  * There is no call in it, around which a caller would have to save its sums. */
-static inline __attribute__((always_inline)) void ae_fetch_more(ae_fetch *f) {
-    if (f->due < AE_FETCH_BYTES) return;
+static inline __attribute__((always_inline)) ae_ahead ae_fetch_take(ae_fetch *f) {
+    if (f->due < AE_FETCH_BYTES) return (ae_ahead){0};
     f->due -= AE_FETCH_BYTES;
-    const char *line = f->at;
-    f->at = line + AE_FETCH_LINES;
-    for (int i = 0; i < AE_FETCH_PARTS; i++, line += f->region.part) {
-        __builtin_prefetch(line);
-        __builtin_prefetch(line + 64);
-    }
-    if (--f->left > 0) return;
+    const ae_ahead ahead = {f->at, f->region.part, AE_FETCH_PARTS};
+    f->at += AE_FETCH_LINES;
+    if (--f->left > 0) return ahead;
     if (--f->windows > 0) {
         f->at += (AE_FETCH_PARTS - 1) * f->region.part; /* it is at the end of the first part */
         f->left = f->region.part / AE_FETCH_LINES;
@@ -62,6 +64,22 @@ static inline __attribute__((always_inline)) void ae_fetch_more(ae_fetch *f) {
         ae_fetch_region(f, f->next);
         if (f->windows == 0) f->due = 0;
     }
+    return ahead;
+}
+
+/* A part of what was taken. Where there is arithmetic between them, parts are fetched one by one: many at once
+ * would wait for each other, and what follows for them. */
+static inline __attribute__((always_inline)) void ae_fetch_part(ae_ahead *ahead) {
+    if (ahead->left == 0) return;
+    __builtin_prefetch(ahead->line);
+    __builtin_prefetch(ahead->line + 64);
+    ahead->line += ahead->part;
+    ahead->left--;
+}
+
+static inline __attribute__((always_inline)) void ae_fetch_more(ae_fetch *f) {
+    ae_ahead ahead = ae_fetch_take(f);
+    while (ahead.left) ae_fetch_part(&ahead);
 }
 
 /* The reader begins with a region of `bytes`, whose first window is fetched at once unless it is already;

@@ -64,7 +64,13 @@ AE_INLINE void tile_run(const tile *t, const int type, const int rows) {
     int64_t unread = 0;
 #define X(m, k) vf_set(((const float *)(x + (m) * xs))[k])
     for (int64_t k = 0; k < t->k;) {
-        for (unread -= stretch_bytes; unread < 0; unread += t->every) ae_fetch_more(t->fetch);
+        ae_ahead ahead = {0};
+        for (unread -= stretch_bytes; unread < 0; unread += t->every) {
+            while (ahead.left) ae_fetch_part(&ahead);
+            ahead = ae_fetch_take(t->fetch);
+        }
+        if (rows == 1 || type != AE_BF16)
+            while (ahead.left) ae_fetch_part(&ahead);
         const int64_t stop = k + STRETCH < t->k ? k + STRETCH : t->k;
         if (type == AE_F32 || type == AE_F16) {
             for (; k < stop; k++, w += AE_PANEL * (type == AE_F32 ? 4 : 2)) {
@@ -81,6 +87,7 @@ AE_INLINE void tile_run(const tile *t, const int type, const int rows) {
 #if defined(AE_LEVEL_AVX512BF16)
         for (; k < stop; k += 2, w += AE_PANEL * 4) {
             vi b[8];
+            if (rows > 1) ae_fetch_part(&ahead);
             EACH(v, vectors) b[v] = vi_load((const uint32_t *)w + v * W);
             EACH(m, rows) {
                 __m512bh a = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(x + m * xs + k * 2));
@@ -90,6 +97,7 @@ AE_INLINE void tile_run(const tile *t, const int type, const int rows) {
 #else
         for (; k + 1 < stop; k += 2, w += AE_PANEL * 4) {
             vf even[8], odd[8];
+            if (rows > 1) ae_fetch_part(&ahead);
             EACH(v, vectors) {
                 vi b = vi_load((const uint32_t *)w + v * W);
                 even[v] = vi_low_bf16(b);
