@@ -44,6 +44,28 @@ class DeviceBatch(NamedTuple):
     sample_positions: torch.Tensor
     """[rows] position of the token that each sampled row draws."""
 
+    @classmethod
+    def zeros(cls, slots: int, stride: int, tokens: int, device: torch.device) -> "DeviceBatch":
+        """Of as many rows as slots."""
+
+        def ints(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        return cls(
+            block_table=ints(slots, stride),
+            last_token=ints(slots),
+            slot_params=ints(slots, RECORD_WORDS),
+            token_ids=ints(tokens),
+            positions=ints(tokens),
+            token_row=ints(tokens),
+            query_start=ints(slots + 1),
+            context_len=ints(slots),
+            row_slot=ints(slots),
+            sample_rows=ints(slots),
+            sample_slots=ints(slots),
+            sample_positions=ints(slots),
+        )
+
 
 @triton.jit
 def batch_update_kernel(

@@ -94,7 +94,7 @@ def sample(
     num_tiles = workspace.tiles.shape[1]
     scan, pick = (get_config(name, logits.device) for name in ("sampler_scan", "sampler_pick"))
     block = scan.block["BLOCK"]
-    scan_kernel[(num_tiles, rows)](
+    rows_and_tiles = (
         logits,
         logits.stride(0),
         vocab,
@@ -104,19 +104,10 @@ def sample(
         workspace.tiles,
         workspace.maxima,
         num_tiles,
-        BLOCK=block,
-        **scan.options,
     )
+    scan_kernel[(num_tiles, rows)](*rows_and_tiles, BLOCK=block, **scan.options)
     pick_kernel[(rows,)](
-        logits,
-        logits.stride(0),
-        vocab,
-        params,
-        slots,
-        positions,
-        workspace.tiles,
-        workspace.maxima,
-        num_tiles,
+        *rows_and_tiles,
         workspace.listed,
         workspace.listed_ids,
         workspace.listed.shape[1],

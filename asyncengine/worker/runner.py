@@ -76,6 +76,10 @@ class Runner:
         for name in ("_sampler", "_batch", "backend", "_cuda"):
             self.__dict__.pop(name, None)
 
+    @property
+    def _either_backend(self) -> "CpuBackend | CudaBackend":
+        return self.backend if self._cuda is None else self._cuda
+
     def _configure(self, payload: bytes, progress: Progress) -> None:
         config = msgpack.decode(payload, type=WorkerConfig)
         check_parallel(config.spec, self._shard.world)
@@ -90,8 +94,9 @@ class Runner:
     def _load(self, payload: bytes, progress: Progress) -> Loaded:
         checkpoint = open_checkpoint(self._config, self._model)
         try:
-            backend = self.backend if self._cuda is None else self._cuda
-            return Loaded(backend.load(checkpoint, lambda done, total: progress(done, total, "bytes")))
+            return Loaded(
+                self._either_backend.load(checkpoint, lambda done, total: progress(done, total, "bytes"))
+            )
         finally:
             checkpoint.close()
 
@@ -102,8 +107,7 @@ class Runner:
         return Profiled(backend.step_bytes(), backend.kv_layout.bytes_per_block, available_bytes())
 
     def _allocate(self, payload: bytes, progress: Progress) -> Allocated:
-        backend = self.backend if self._cuda is None else self._cuda
-        return Allocated(backend.allocate(msgpack.decode(payload, type=Allocate).num_blocks))
+        return Allocated(self._either_backend.allocate(msgpack.decode(payload, type=Allocate).num_blocks))
 
     def _capture(self, payload: bytes, progress: Progress) -> Captured:
         config = self._config
@@ -124,15 +128,13 @@ class Runner:
         return Captured(0 if config.enforce_eager else operations, nbytes)
 
     def _sleep(self, payload: bytes, progress: Progress) -> Slept:
-        backend = self.backend if self._cuda is None else self._cuda
         try:
-            return Slept(backend.sleep(msgpack.decode(payload, type=Sleep).level))
+            return Slept(self._either_backend.sleep(msgpack.decode(payload, type=Sleep).level))
         except OutOfMemoryError as error:
             return Slept(0, str(error))
 
     def _wake_up(self, payload: bytes, progress: Progress) -> Woken:
-        backend = self.backend if self._cuda is None else self._cuda
-        lacking = backend.wake_up(
+        lacking = self._either_backend.wake_up(
             lambda: open_checkpoint(self._config, self._model),
             lambda done, total: progress(done, total, "bytes"),
         )

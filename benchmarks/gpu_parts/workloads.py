@@ -80,24 +80,7 @@ def batch_updates(device: torch.device) -> Iterator[Workload]:
             plan += [row, 1023 if relayed else 0, count, 3 if relayed else 1]
         for i in range(updates):
             plan += [i % rows, i // rows, i]
-
-        def ints(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device)
-
-        batch = DeviceBatch(
-            block_table=ints(slots, stride),
-            last_token=ints(slots),
-            slot_params=ints(slots, RECORD_WORDS),
-            token_ids=ints(tokens),
-            positions=ints(tokens),
-            token_row=ints(tokens),
-            query_start=ints(slots + 1),
-            context_len=ints(slots),
-            row_slot=ints(slots),
-            sample_rows=ints(slots),
-            sample_slots=ints(slots),
-            sample_positions=ints(slots),
-        )
+        batch = DeviceBatch.zeros(slots, stride, tokens, device)
         words = torch.as_tensor(plan + ids, dtype=torch.int32, device=device)
 
         def launch(batch: DeviceBatch = batch, words: torch.Tensor = words, rows: int = rows) -> None:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from asyncengine._fast import cpu
 
+from ..noise import MASK, gumbel
+
 LEVELS = cpu.levels()
-MASK = (1 << 64) - 1
-STEP = 0x9E3779B97F4A7C15
 OFF = -math.inf
 
 
@@ -23,18 +23,6 @@ def team(level: str, threads: int = 1) -> cpu.Team:
 
 
 # -- the model -------------------------------------------------------------------------------------------
-
-
-def mix(z: int) -> int:
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
-    return z ^ (z >> 31)
-
-
-def gumbel(seed: int, position: int, token: int) -> float:
-    key = mix((seed + STEP * (position + 1)) & MASK)
-    h = mix((key + STEP * (token + 1)) & MASK)
-    return -math.log(-math.log(((h >> 40) + 0.5) * 2.0**-24))
 
 
 def penalized(x: np.ndarray, row: dict[str, Any]) -> np.ndarray:

@@ -13,23 +13,11 @@ SLOTS, TOKENS, LENGTH, BLOCK, BLOCKS = 6, 700, 640, 16, 64
 
 
 def device_batch() -> DeviceBatch:
-    def ints(*shape: int) -> torch.Tensor:
-        return torch.full(shape, -5, dtype=torch.int32)
-
-    return DeviceBatch(
-        block_table=torch.zeros(SLOTS, LENGTH // BLOCK, dtype=torch.int32),
-        last_token=torch.zeros(SLOTS, dtype=torch.int32),
-        slot_params=torch.zeros(SLOTS, RECORD_WORDS, dtype=torch.int32),
-        token_ids=ints(TOKENS),
-        positions=ints(TOKENS),
-        token_row=ints(TOKENS),
-        query_start=ints(SLOTS + 1),
-        context_len=ints(SLOTS),
-        row_slot=ints(SLOTS),
-        sample_rows=ints(SLOTS),
-        sample_slots=ints(SLOTS),
-        sample_positions=ints(SLOTS),
-    )
+    """Whose inputs of a step hold -5 where nothing has been written."""
+    batch = DeviceBatch.zeros(SLOTS, LENGTH // BLOCK, TOKENS, torch.device("cpu"))
+    for name in set(batch._fields) - {"block_table", "last_token", "slot_params"}:
+        getattr(batch, name).fill_(-5)
+    return batch
 
 
 def words_of(

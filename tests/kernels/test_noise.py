@@ -9,8 +9,7 @@ import triton.language as tl
 
 from asyncengine.kernels.noise import gumbel, noise_key
 
-MASK = (1 << 64) - 1
-STEP = 0x9E3779B97F4A7C15
+from ..noise import MASK, STEP
 
 
 @triton.jit

@@ -2,6 +2,11 @@
 
 import queue
 
+import pytest
+
+from asyncengine.worker.cuda import backend
+from asyncengine.worker.cuda.device import HostDevice
+
 from .tiny import Started
 
 SIZES = dict(
@@ -13,9 +18,11 @@ SIZES = dict(
 class HostStarted(Started):
     """Like `Started`, of a runner that takes the host for its GPU. `step` waits for the result."""
 
-    def __init__(self, spec, weights, **fields):
+    def __init__(self, spec, weights, open_device=HostDevice, **fields):
         self.results = queue.SimpleQueue()
-        super().__init__(spec, weights, **(SIZES | fields))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backend, "open_device", lambda rank: open_device())
+            super().__init__(spec, weights, **(SIZES | fields))
 
     def make_runner(self, rank, world, fds):
         runner = super().make_runner(rank, world, fds)

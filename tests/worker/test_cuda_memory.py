@@ -21,13 +21,6 @@ from .tiny import make_model, prompt, spec_of
 PROMPTS = {3: prompt(17), 1: prompt(5)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def host_for_gpu():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend_module, "open_device", lambda rank: HostDevice())
-        yield
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     model = make_model("Qwen2", num_hidden_layers=2)  # its QKV has biases, which stay
@@ -103,7 +96,6 @@ def test_no_room_to_wake_up_and_then_there_is(saved, expected, monkeypatch, leve
         assert not hasattr(backend, "cache")
         assert (backend._parked is not None) == (level == 1)
         monkeypatch.undo()
-        monkeypatch.setattr(backend_module, "open_device", lambda rank: HostDevice())
         assert wake_up(started) == ""
         assert started.driver().generate(PROMPTS, 2) == expected[1]
 
@@ -117,8 +109,7 @@ def test_memory_is_released_when_nothing_holds_it_any_more(saved, monkeypatch, l
         def release(self):
             released.append([tensor for tensor in held if tensor() is not None])
 
-    monkeypatch.setattr(backend_module, "open_device", lambda rank: Allocator())
-    with HostStarted(*saved, enforce_eager=True) as started:
+    with HostStarted(*saved, open_device=Allocator, enforce_eager=True) as started:
         backend = started.runner._cuda
 
         def fail(*args):

@@ -1,49 +1,27 @@
 """Two ranks of the CUDA backend, on CPU tensors with gloo: the same tokens as from one CPU rank."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 
-from asyncengine.wire.stages import Loaded
-
 from .cuda_host import SIZES
 from .plans import decode_result
+from .ranks import run_ranks
 from .tiny import Started, assert_greedy, make_model, prompt, spec_of, worker_config
 
 PROMPTS = {0: prompt(11), 2: prompt(3)}
 
 
-def run_ranks(config, plans, world, directory):
+def run_together(config, plans, world, directory):
     """(bytes of weights by rank, results of rank 0)"""
-    (directory / "config").write_bytes(msgspec.msgpack.encode(config))
-    (directory / "plans").write_bytes(msgspec.msgpack.encode(plans))
     fd = os.memfd_create("rendezvous")
-    command = [sys.executable, "-P", Path(__file__).with_name("cuda_rank.py")]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-    }
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(fd), directory], env=environment, pass_fds=[fd]
-        )
-        for rank in range(world)
-    ]
+    gloo = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     try:
-        assert [rank.wait(120) for rank in ranks] == [0] * world
+        weights, results = run_ranks("cuda_rank.py", fd, config, plans, world, directory, 120, **gloo)
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
         os.close(fd)
-    replies = [msgspec.msgpack.decode((directory / f"rank-{rank}").read_bytes()) for rank in range(world)]
-    return [msgspec.msgpack.decode(loaded, type=Loaded).weight_bytes for loaded, _ in replies], replies[0][1]
+    return weights, results[0]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +50,7 @@ def test_two_ranks_agree_with_one(architecture, fields, tmp_path):
     for slot, ids in PROMPTS.items():
         assert_greedy(model, ids, tokens[slot])
     config = worker_config(spec, tmp_path, **{k: v for k, v in SIZES.items() if k != "num_blocks"})
-    weights, results = run_ranks(config, plans, 2, tmp_path)
+    weights, results = run_together(config, plans, 2, tmp_path)
     for ours, theirs in zip(map(decode_result, results), map(decode_result, single), strict=True):
         assert ours.tokens == theirs.tokens
         for sample, row in theirs.details.logprobs.items() if theirs.details else ():

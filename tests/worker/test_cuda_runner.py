@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from asyncengine.worker.batch import parse_plan
-from asyncengine.worker.cuda import backend as backend_module
 from asyncengine.worker.cuda.device import HostDevice
 from asyncengine.worker.cuda.flights import Draws, Flight, Flights
 from asyncengine.worker.cuda.kv_cache import KVCache
@@ -17,13 +16,6 @@ from .plans import PlanBuilder, slot_init
 from .tiny import assert_greedy, make_model, prompt, spec_of
 
 PROMPTS = {3: prompt(17), 1: prompt(5), 0: prompt(1)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def host_for_gpu():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend_module, "open_device", lambda rank: HostDevice())
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from asyncengine.worker.cuda import backend as backend_module
-from asyncengine.worker.cuda.device import HostDevice
-
 from .cuda_host import SIZES, HostStarted
 from .plans import PlanBuilder, slot_init
 from .tiny import Started, make_model, prompt, spec_of
@@ -23,10 +20,8 @@ def both(tmp_path_factory):
     model.save_pretrained(directory)
     spec = spec_of(directory)
     sizes = SIZES | {"device": "cpu", "block_size": 4}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend_module, "open_device", lambda rank: HostDevice())
-        with Started(spec, directory, **sizes) as cpu, HostStarted(spec, directory) as cuda:
-            yield cpu, cuda
+    with Started(spec, directory, **sizes) as cpu, HostStarted(spec, directory) as cuda:
+        yield cpu, cuda
 
 
 @pytest.mark.parametrize(

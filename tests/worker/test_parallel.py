@@ -1,50 +1,29 @@
 """Tensor parallelism with real processes: the same plans give the tokens of one rank."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
-import msgspec
 import pytest
 
 from asyncengine._fast.cpu import Comm
 from asyncengine.checkpoint.sharding import comm_region_bytes
-from asyncengine.wire.stages import Loaded
 
 from .plans import decode_result
+from .ranks import run_ranks
 from .tiny import Started, assert_greedy, make_model, prompt, spec_of, worker_config
 
 PROMPTS = {0: prompt(20), 5: prompt(3), 2: prompt(11)}
 
 
-def run_ranks(config, plans, world, directory):
+def run_together(config, plans, world, directory):
     """(bytes of weights by rank, results of rank 0)"""
-    (directory / "config").write_bytes(msgspec.msgpack.encode(config))
-    (directory / "plans").write_bytes(msgspec.msgpack.encode(plans))
     fd = os.memfd_create("comm")
     try:
         os.ftruncate(fd, Comm.bytes_needed(world, comm_region_bytes(config.spec)))
-        command = [sys.executable, "-P", Path(__file__).with_name("rank.py")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        ranks = [
-            subprocess.Popen(
-                [*command, str(rank), str(world), str(fd), directory], env=environment, pass_fds=[fd]
-            )
-            for rank in range(world)
-        ]
-        try:
-            assert [rank.wait(60) for rank in ranks] == [0] * world
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
+        weights, (first, *others) = run_ranks("rank.py", fd, config, plans, world, directory, 60)
     finally:
         os.close(fd)
-    replies = [msgspec.msgpack.decode((directory / f"rank-{rank}").read_bytes()) for rank in range(world)]
-    assert all(result is None for _, results in replies[1:] for result in results)
-    weights = [msgspec.msgpack.decode(loaded, type=Loaded).weight_bytes for loaded, _ in replies]
-    return weights, replies[0][1]
+    assert all(result is None for results in others for result in results)
+    return weights, first
 
 
 @pytest.mark.parametrize(
@@ -76,6 +55,6 @@ def test_ranks_agree_with_one(architecture, world, fields, tmp_path):
         whole = started.loaded.weight_bytes
     for slot, ids in PROMPTS.items():
         assert_greedy(model, ids, tokens[slot])
-    weights, results = run_ranks(worker_config(spec, tmp_path, num_threads=1), plans, world, tmp_path)
+    weights, results = run_together(worker_config(spec, tmp_path, num_threads=1), plans, world, tmp_path)
     assert [decode_result(r).tokens for r in results] == [decode_result(r).tokens for r in single]
     assert max(weights) < (0.75 if world < 4 else 0.6) * whole

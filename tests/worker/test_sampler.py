@@ -1,32 +1,16 @@
 """The sampler's slot state against a plain model of the sampling rules in float64."""
 
-import math
-
 import numpy as np
 import pytest
 
 from asyncengine._fast.cpu import Buffer, Team
 from asyncengine.worker.sampler import Sampler
 
+from ..noise import gumbel
 from .plans import PlanBuilder, slot_init
 from .tiny import Started, make_model, prompt, reference_logits, spec_of
 
 VOCAB = 97
-MASK = 2**64 - 1
-STEP = 0x9E3779B97F4A7C15
-
-
-def mix(x):
-    """The finalizer of splitmix64."""
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
-    return x ^ (x >> 31)
-
-
-def gumbel(seed, position, token):
-    key = mix((seed + STEP * (position + 1)) & MASK)
-    bits = mix((key + STEP * (token + 1)) & MASK) >> 40
-    return -math.log(-math.log((bits + 0.5) * 2.0**-24))
 
 
 def model_draw(logits, init, known, position):

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from asyncengine.kernels.batch_update import DeviceBatch, batch_update
-from asyncengine.kernels.slot_params import RECORD_WORDS, pack_record
+from asyncengine.kernels.slot_params import pack_record
 
 from ...wire.plan import PLAN_HEADER, RELAY, SAMPLE, VERIFY
 from ..batch import Limits, Plan
@@ -61,27 +61,9 @@ class Batch:
         self._device = device
         self._slots = slots
         self.limits = limits
-
-        def ints(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device.place)
-
-        rows, tokens = limits.slots, limits.tokens
-        self.arrays = DeviceBatch(
-            block_table=ints(rows, limits.table_width),
-            last_token=ints(rows),
-            slot_params=ints(rows, RECORD_WORDS),
-            token_ids=ints(tokens),
-            positions=ints(tokens),
-            token_row=ints(tokens),
-            query_start=ints(rows + 1),
-            context_len=ints(rows),
-            row_slot=ints(rows),
-            sample_rows=ints(rows),
-            sample_slots=ints(rows),
-            sample_positions=ints(rows),
-        )
+        self.arrays = DeviceBatch.zeros(limits.slots, limits.table_width, limits.tokens, device.place)
         default = torch.frombuffer(bytearray(pack_record()), dtype=torch.int32)
-        self.arrays.slot_params.copy_(default.expand(rows, -1))
+        self.arrays.slot_params.copy_(default.expand(limits.slots, -1))
 
     def shape_of(self, plan: Plan) -> Shape:
         """Raises ValueError where the plan does not fit the batch."""
