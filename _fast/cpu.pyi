@@ -24,6 +24,7 @@ Q4: int
 I8: int
 OPERATION_BYTES: int
 PANEL: int
+WHOLE: int
 F16: int
 
 def levels() -> list[str]: ...

@@ -38,6 +38,6 @@ static void k_select(const ae_op *op, const ae_step *step, const ae_thread *thre
     for (int64_t s = lo; s < hi; s++) {
         const float *x = (const float *)op->p[1] + step->sample_rows[s] * H;
         if (op->p[0]) memcpy(out_row(op, s, H), x, (size_t)H * sizeof *x);
-        if (op->p[4]) quantize_row(out_row8(op, s, H), x, H, op->n[3]);
+        if (op->p[4]) quantize_row(out_row8(op, s, H), x, H, op->n[3], thread->scratch);
     }
 }

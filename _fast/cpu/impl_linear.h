@@ -15,6 +15,7 @@
 #include "linear.h"
 #include "impl_quantize.h"
 #include "impl_quantized.h"
+#include "impl_whole.h"
 
 /* Panels of an item of a large batch. */
 #define GROUP_PANELS 4
@@ -134,7 +135,9 @@ static void add_bias(float *out, int64_t stride, int64_t rows, int64_t columns, 
 /* The item's x @ weight.T + bias, its first `columns` columns. */
 static void linear_item(const linear *l, const item *it, float *out, int64_t stride, int64_t columns,
                         const ae_thread *thread) {
-    if (ae_is_quantized(l))
+    if (l->group == AE_WHOLE)
+        whole_chunk(l, it->row, it->rows, it->panel, it->panels, out, stride, columns, thread);
+    else if (ae_is_quantized(l))
         quantized_chunk(l, it->row, it->rows, it->panel, it->panels, out, stride, columns, thread);
     else
         float_chunk(l, it->row, it->rows, it->panel, it->panels, out, stride, columns, thread);

@@ -5,9 +5,9 @@
 #include "simd.h"
 
 /* out = x / sqrt(mean(x^2) + eps) * weight over n elements, as floats (out may be x, or NULL) and as a
- * quantized row of `group` (row8 may be NULL). */
+ * quantized row of `group` (row8 may be NULL). `spare` is memory for n floats, if the group is AE_WHOLE. */
 AE_INLINE void norm_row(float *out, int8_t *row8, int64_t group, const float *x, const float *weight,
-                        int64_t n, float eps) {
+                        int64_t n, float eps, float *spare) {
     enum { CHUNK = 512 };
     vf sums[4] = {vf_zero(), vf_zero(), vf_zero(), vf_zero()};
     int64_t i = 0;
@@ -23,10 +23,11 @@ AE_INLINE void norm_row(float *out, int8_t *row8, int64_t group, const float *x,
     }
     float sum = vf_sum(vf_add(vf_add(sums[0], sums[1]), vf_add(sums[2], sums[3])));
     const vf scale = vf_set(1.0f / sqrtf(sum / (float)n + eps));
+    const int whole = row8 && group == AE_WHOLE;
     float staged[CHUNK];
     for (int64_t begin = 0; begin < n; begin += CHUNK) {
         const int64_t end = begin + CHUNK < n ? begin + CHUNK : n;
-        float *to = out ? out + begin : staged;
+        float *to = out ? out + begin : whole ? spare + begin : staged;
         for (i = begin; i + W <= end; i += W)
             vf_store(to + i - begin, vf_mul(vf_mul(vf_load(x + i), scale), vf_load(weight + i)));
         if (i < end) {
@@ -34,12 +35,13 @@ AE_INLINE void norm_row(float *out, int8_t *row8, int64_t group, const float *x,
             vf scaled = vf_mul(vf_load_n(x + i, rest), scale);
             vf_store_n(to + i - begin, vf_mul(scaled, vf_load_n(weight + i, rest)), rest);
         }
-        if (row8) quantize_groups(row8, to, n, group, begin, end);
+        if (row8 && !whole) quantize_groups(row8, to, n, group, begin, end);
     }
+    if (whole) quantize_whole(row8, out ? memcpy(spare, out, (size_t)n * sizeof *out) : spare, n);
 }
 
 AE_INLINE void rms_norm(float *out, const float *x, const float *weight, int64_t n, float eps) {
-    norm_row(out, NULL, 0, x, weight, n, eps);
+    norm_row(out, NULL, 0, x, weight, n, eps, NULL);
 }
 
 /* Row m of an op's output as floats (p0) and as a quantized row (p4, n3), NULL where the op has none. */
@@ -57,5 +59,5 @@ static void k_rms_norm(const ae_op *op, const ae_step *step, const ae_thread *th
     ae_share(thread, ae_rows_of(op, step), 1, &lo, &hi);
     for (int64_t m = lo; m < hi; m++)
         norm_row(out_row(op, m, H), out_row8(op, m, H), op->n[3], (const float *)op->p[1] + m * H, op->p[2],
-                 H, op->f[0]);
+                 H, op->f[0], thread->scratch);
 }

@@ -1,6 +1,7 @@
 /* float32 rows to quantized rows (quantized.h). A group is rounded by itself: whoever computes whole groups
  * of a row may write them. */
 #pragma once
+#include "impl_rotate.h"
 #include "quantized.h"
 #include "simd.h"
 
@@ -62,11 +63,11 @@ AE_INLINE int32_t codes_sum(vi a) { return (a[0] + a[1]) + (a[2] + a[3]); }
 
 /* n values of a group as `group` codes. */
 AE_INLINE void quantize_group(int8_t *q, float *scale, int32_t *sum, const float *x, int64_t n,
-                              const int group) {
+                              const int64_t group) {
 #define GROUP_VECTOR(i) \
     (n - (i) >= W ? vf_load(x + (i)) : n - (i) > 0 ? vf_load_n(x + (i), (int)(n - (i))) : vf_zero())
     vi peaks = peak_zero(), sums = peak_zero();
-    for (int i = 0; i < group; i += W) peaks = peak_max(peaks, GROUP_VECTOR(i));
+    for (int64_t i = 0; i < group; i += W) peaks = peak_max(peaks, GROUP_VECTOR(i));
     const int32_t bits = peak_of(peaks);
     const float peak = ae_bits_f32((uint32_t)bits);
     if (bits >= INFINITE_BITS || peak < LEAST_PEAK) {
@@ -76,7 +77,7 @@ AE_INLINE void quantize_group(int8_t *q, float *scale, int32_t *sum, const float
         return;
     }
     const vf inverse = vf_set(127.0f / peak);
-    for (int i = 0; i < group; i += W) {
+    for (int64_t i = 0; i < group; i += W) {
         vi codes = to_codes(vf_mul(GROUP_VECTOR(i), inverse));
         store_codes(q + i, codes);
         sums = codes_add(sums, codes);
@@ -108,8 +109,19 @@ static inline void quantize_groups(int8_t *row8, const float *x, int64_t k, int6
         quantize_run(row8, x, k, begin, end, 128);
 }
 
-static inline void quantize_row(int8_t *row8, const float *x, int64_t k, int64_t group) {
-    quantize_groups(row8, x, k, group, 0, k);
+/* A whole row, rotated; x is left so. */
+static void quantize_whole(int8_t *row8, float *x, int64_t k) {
+    rotate_row(x, k);
+    quantize_group(row8, ae_row8_scales(row8, k, AE_WHOLE), ae_row8_sums(row8, k, AE_WHOLE), x, k,
+                   ae_group_width(k, AE_WHOLE));
+}
+
+/* `spare` is memory for k floats. */
+static inline void quantize_row(int8_t *row8, const float *x, int64_t k, int64_t group, float *spare) {
+    if (group == AE_WHOLE)
+        quantize_whole(row8, memcpy(spare, x, (size_t)k * sizeof *x), k);
+    else
+        quantize_groups(row8, x, k, group, 0, k);
 }
 
 static void k_quantize(const ae_op *op, const ae_step *step, const ae_thread *thread) {
@@ -117,6 +129,13 @@ static void k_quantize(const ae_op *op, const ae_step *step, const ae_thread *th
     const int64_t k = op->n[0], group = op->n[3], chunks = (k + CHUNK - 1) / CHUNK;
     const int64_t bytes = ae_row8_bytes(k, group);
     int64_t lo, hi;
+    if (group == AE_WHOLE) {
+        ae_share(thread, ae_rows_of(op, step), 1, &lo, &hi);
+        for (int64_t m = lo; m < hi; m++)
+            quantize_row((int8_t *)op->p[4] + m * bytes, (const float *)op->p[1] + m * k, k, group,
+                         thread->scratch);
+        return;
+    }
     ae_share(thread, ae_rows_of(op, step) * chunks, 1, &lo, &hi);
     for (int64_t unit = lo; unit < hi; unit++) {
         const int64_t m = unit / chunks, begin = unit % chunks * CHUNK;

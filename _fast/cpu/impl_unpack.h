@@ -1,5 +1,6 @@
 /* One row of a packed weight as floats: embedding tables that share the head's memory. */
 #pragma once
+#include "impl_rotate.h"
 #include "pack.h"
 #include "simd.h"
 
@@ -29,12 +30,21 @@ static void unpack_quantized(float *out, const char *part, int lane, int64_t k, 
     }
 }
 
+static void unpack_whole(float *out, const char *panel, int lane, int64_t k) {
+    const float d = unpacked(panel + lane * 4, AE_F32);
+    const uint8_t *q = (const uint8_t *)panel + 128 + lane * 4;
+    for (int64_t i = 0; i < k; i++) out[i] = d * (float)(q[i / 4 * AE_PANEL * 4 + i % 4] - 128);
+    rotate_row(out, k);
+}
+
 /* out[k] = row `row` of a packed [_, k] weight. */
 static void unpack_row(float *out, const char *weight, int64_t row, int64_t k, int type, int64_t group,
                        int minimum) {
     const char *panel = weight + row / AE_PANEL * ae_panel_bytes(k, type, group, minimum);
     const int64_t lane = row % AE_PANEL;
-    if (type == AE_Q8 || type == AE_Q4) {
+    if (group == AE_WHOLE) {
+        unpack_whole(out, panel, (int)lane, k);
+    } else if (type == AE_Q8 || type == AE_Q4) {
         unpack_quantized(out, panel, (int)lane, k, type, group, minimum);
     } else if (type == AE_BF16) {
         for (int64_t i = 0; i < k; i++)

@@ -9,6 +9,7 @@ typedef struct ae_kernels {
     ae_kernel ops[AE_NUM_OPS];
     void (*sample)(const struct ae_sample *args, const ae_thread *thread);
     void (*peak)(const struct ae_peak *args, const ae_thread *thread);
+    void (*pack_whole)(void *packing, const ae_thread *thread); /* packing: ae_packing (pack.h) */
 } ae_kernels;
 
 extern const ae_kernels ae_kernels_portable;

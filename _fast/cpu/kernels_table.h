@@ -7,6 +7,7 @@
 #include "impl_head.h"
 #include "impl_linear.h"
 #include "impl_norm.h"
+#include "impl_pack_whole.h"
 #include "impl_peak.h"
 #include "impl_quantize.h"
 #include "impl_rope.h"
@@ -28,4 +29,5 @@ const ae_kernels AE_KERNELS = {
         },
     .sample = k_sample,
     .peak = k_peak,
+    .pack_whole = pack_whole,
 };

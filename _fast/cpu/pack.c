@@ -75,10 +75,11 @@ static void pack_plain(void *packing, const ae_thread *thread) {
     }
 }
 
-int ae_pack(ae_team *team, const ae_source *source, const ae_target *target) {
+int ae_pack(ae_team *team, const ae_kernels *kernels, const ae_source *source, const ae_target *target) {
     ae_packing p = {source, target};
     const int quantized = target->type == AE_Q8 || target->type == AE_Q4;
-    return ae_team_run(team, quantized ? ae_pack_quantized : pack_plain, &p);
+    ae_job job = target->group == AE_WHOLE ? kernels->pack_whole : quantized ? ae_pack_quantized : pack_plain;
+    return ae_team_run(team, job, &p);
 }
 
 static void convert_rows(void *packing, const ae_thread *thread) {

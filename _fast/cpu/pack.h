@@ -9,6 +9,7 @@
 #pragma once
 #include "cpu.h"
 #include "dequantize.h"
+#include "kernels.h"
 #include "quantized.h"
 #include "team.h"
 
@@ -17,6 +18,7 @@
 /* Bytes of the first k steps of a panel (all of it for k = K). Quantized types also need their group size, of
  * which k is a multiple or K, and whether there are minima. */
 static inline int64_t ae_panel_bytes(int64_t k, int type, int64_t group, int minimum) {
+    if (group == AE_WHOLE) return ae_whole_panel_bytes(k);
     if (type == AE_Q8 || type == AE_Q4) return ae_groups(k, group) * ae_group_bytes(type, group, minimum);
     if (type == AE_F32) return k * AE_PANEL * 4;
     return (type == AE_BF16 ? (k + 1) / 2 * 2 : k) * AE_PANEL * 2;
@@ -44,7 +46,7 @@ typedef struct ae_target {
 } ae_target;
 
 /* Packs the source on the team. -1 in a child of fork(). */
-int ae_pack(ae_team *team, const ae_source *source, const ae_target *target);
+int ae_pack(ae_team *team, const ae_kernels *kernels, const ae_source *source, const ae_target *target);
 
 /* Converts the source to rows [row_offset, ...) of a plain row-major [_, K] matrix of a plain type. */
 int ae_convert(ae_team *team, const ae_source *source, const ae_target *target);

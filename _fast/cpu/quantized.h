@@ -1,6 +1,7 @@
-/* Quantized weights and activations: what integer linears multiply.
+/* Quantized weights and activations: what integer linears multiply. They have scales in groups, or rows are
+ * rotated and have one scale each.
  *
- * A quantized weight [N, K] has a scale d, and maybe a minimum m, for every row and group of G columns
+ * In groups, a quantized weight [N, K] has a scale d, and maybe a minimum m, for every row and group of G columns
  * (32, 64 or 128; the last group may be short, its missing columns count as zeros of x). Its codes q are
  * unsigned, 8 or 4 bits wide:
  *     without minimum    w = d (q - Z),  Z = 128 for AE_Q8, 8 for AE_Q4
@@ -23,25 +24,44 @@
  *     y += (d * (float)(dot(q_w, q_x) - Z sum)) * scale      then, with minima, for every group
  *     y += m * (scale * sum)
  * with the dot product exact in 32-bit integers: the same for every tiling, batch and number of threads.
+ *
+ * Whole rows (AE_WHOLE in place of a group size, only for AE_Q8 without minima) are rotated by R (rotate.h)
+ * before they are rounded: rows of the weight (w R) / N, and of x (x R). A panel is
+ *     f32 d[32] · codes [Kp/4][32][4],  Kp = K rounded up to 32, Z = 128
+ * and quantized rows are as above, with one group of Kp columns. The product, K at most AE_MOST_WHOLE, is
+ *     y = (float)(dot(q_w, q_x) - Z sum) * (d * scale)
  */
 #pragma once
 #include "cpu.h"
 
-static inline int64_t ae_groups(int64_t k, int64_t group) { return (k + group - 1) / group; }
+#define AE_WHOLE (-1)
+/* Sums of this many products of 8 bits fit 32, and a row as floats half of a thread's scratch. */
+#define AE_MOST_WHOLE ((int64_t)(AE_SCRATCH / 2 / sizeof(float)))
+
+/* Columns of a group. */
+static inline int64_t ae_group_width(int64_t k, int64_t group) {
+    return group == AE_WHOLE ? (k + 31) / 32 * 32 : group;
+}
+
+static inline int64_t ae_groups(int64_t k, int64_t group) {
+    return group == AE_WHOLE ? 1 : (k + group - 1) / group;
+}
 
 /* Bytes of one quantized row. */
 static inline int64_t ae_row8_bytes(int64_t k, int64_t group) {
-    int64_t groups = ae_groups(k, group);
-    return (groups * (group + 8) + 63) / 64 * 64;
+    return (ae_groups(k, group) * (ae_group_width(k, group) + 8) + 63) / 64 * 64;
 }
 
 static inline float *ae_row8_scales(const int8_t *row8, int64_t k, int64_t group) {
-    return (float *)(row8 + ae_groups(k, group) * group);
+    return (float *)(row8 + ae_groups(k, group) * ae_group_width(k, group));
 }
 
 static inline int32_t *ae_row8_sums(const int8_t *row8, int64_t k, int64_t group) {
     return (int32_t *)(ae_row8_scales(row8, k, group) + ae_groups(k, group));
 }
+
+/* Bytes of a packed panel of whole rows. */
+static inline int64_t ae_whole_panel_bytes(int64_t k) { return 128 + 32 * ae_group_width(k, AE_WHOLE); }
 
 /* Bytes of one group of a packed panel. */
 static inline int64_t ae_group_bytes(int type, int64_t group, int minimum) {

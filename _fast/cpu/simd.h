@@ -98,6 +98,15 @@ AE_INLINE vf vf_load_i8_n(const int8_t *p, int n) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(MASK16(n), p)));
 }
 
+/* a H, with Hadamard's matrix of W rows: lanes that differ in one bit become their sum and difference. */
+AE_INLINE vf vf_hadamard(vf a) {
+    const vf one = vf_set(1), minus = vf_set(-1);
+    a = _mm512_fmadd_ps(a, _mm512_mask_mov_ps(one, 0xFF00, minus), _mm512_shuffle_f32x4(a, a, 0x4E));
+    a = _mm512_fmadd_ps(a, _mm512_mask_mov_ps(one, 0xF0F0, minus), _mm512_shuffle_f32x4(a, a, 0xB1));
+    a = _mm512_fmadd_ps(a, _mm512_mask_mov_ps(one, 0xCCCC, minus), _mm512_permute_ps(a, 0x4E));
+    return _mm512_fmadd_ps(a, _mm512_mask_mov_ps(one, 0xAAAA, minus), _mm512_permute_ps(a, 0xB1));
+}
+
 #elif defined(AE_LEVEL_AVX2)
 #include <immintrin.h>
 
@@ -204,6 +213,14 @@ AE_INLINE vf vf_load_i8_n(const int8_t *p, int n) {
     return vf_load_i8(lanes);
 }
 
+/* a H, with Hadamard's matrix of W rows: lanes that differ in one bit become their sum and difference. */
+AE_INLINE vf vf_hadamard(vf a) {
+    const vf ends = _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1), pairs = _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1);
+    a = _mm256_fmadd_ps(a, ends, _mm256_permute2f128_ps(a, a, 1));
+    a = _mm256_fmadd_ps(a, pairs, _mm256_permute_ps(a, 0x4E));
+    return _mm256_fmadd_ps(a, _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1), _mm256_permute_ps(a, 0xB1));
+}
+
 #else /* portable: the compiler's vector extension, the width every 64-bit machine has */
 
 #define W 4
@@ -308,6 +325,12 @@ AE_INLINE vf vf_load_i8_n(const int8_t *p, int n) {
     return (vf){lanes[0], lanes[1], lanes[2], lanes[3]};
 }
 AE_INLINE vf vf_load_i8(const int8_t *p) { return vf_load_i8_n(p, W); }
+
+/* a H, with Hadamard's matrix of W rows: lanes that differ in one bit become their sum and difference. */
+AE_INLINE vf vf_hadamard(vf a) {
+    const vf b = {a[0] + a[2], a[1] + a[3], a[0] - a[2], a[1] - a[3]};
+    return (vf){b[0] + b[1], b[0] - b[1], b[2] + b[3], b[2] - b[3]};
+}
 
 #endif
 

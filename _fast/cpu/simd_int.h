@@ -18,6 +18,7 @@
 AE_INLINE vi vi_set(int32_t x) { return _mm512_set1_epi32(x); }
 AE_INLINE void vi_store(void *p, vi a) { _mm512_storeu_si512(p, a); }
 AE_INLINE vf vi_biased(vi a) { return _mm512_castsi512_ps(a); }
+AE_INLINE vf vi_to_vf(vi a) { return _mm512_cvtepi32_ps(a); }
 AE_INLINE vi vi_low_nibbles(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 AE_INLINE vi vi_high_nibbles(vi a) { return vi_low_nibbles(_mm512_srli_epi16(a, 4)); }
 
@@ -71,6 +72,7 @@ AE_INLINE vi dot(vi sum, codes w, signed4 x) {
 AE_INLINE vi vi_set(int32_t x) { return _mm256_set1_epi32(x); }
 AE_INLINE void vi_store(void *p, vi a) { _mm256_storeu_si256((__m256i *)p, a); }
 AE_INLINE vf vi_biased(vi a) { return _mm256_castsi256_ps(a); }
+AE_INLINE vf vi_to_vf(vi a) { return _mm256_cvtepi32_ps(a); }
 AE_INLINE vi vi_low_nibbles(vi a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
 AE_INLINE vi vi_high_nibbles(vi a) { return vi_low_nibbles(_mm256_srli_epi16(a, 4)); }
 
@@ -105,6 +107,7 @@ typedef uint8_t vbytes __attribute__((vector_size(16)));
 AE_INLINE vi vi_set(int32_t x) { return (vi){x, x, x, x}; }
 AE_INLINE void vi_store(void *p, vi a) { memcpy(p, &a, sizeof a); }
 AE_INLINE vf vi_biased(vi a) { return __builtin_convertvector(a, vf); }
+AE_INLINE vf vi_to_vf(vi a) { return __builtin_convertvector(a, vf); }
 AE_INLINE vi vi_low_nibbles(vi a) { return (vi)((vbytes)a & 15); }
 AE_INLINE vi vi_high_nibbles(vi a) { return (vi)((vbytes)a >> 4); }
 

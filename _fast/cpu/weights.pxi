@@ -24,15 +24,19 @@ cdef extern from "cpu/pack.h" nogil:
     int64_t ae_source_bytes(int type, int64_t count)
     ae_coding ae_source_coding(int type)
     int64_t ae_packed_bytes(int64_t n, int64_t k, int type, int64_t group, int minimum)
-    int ae_pack(ae_team *team, const ae_source *source, const ae_target *target)
+    int ae_pack(ae_team *team, const ae_kernels *kernels, const ae_source *source, const ae_target *target)
     int ae_convert(ae_team *team, const ae_source *source, const ae_target *target)
 
 
 cdef extern from "cpu/quantized.h" nogil:
+    enum:
+        AE_WHOLE
+    int64_t AE_MOST_WHOLE
     int64_t ae_row8_bytes(int64_t k, int64_t group)
 
 
 PANEL = AE_PANEL
+WHOLE = AE_WHOLE
 _SOURCE_TYPES = {
     "F32": AE_SRC_F32,
     "BF16": AE_SRC_BF16,
@@ -70,9 +74,11 @@ def source_format(str src_dtype not None):
     return (4 if coding.bits == 4 else 8, coding.zero < 0) if coding.bits else None
 
 
-cdef int _check_group(int64_t group, str what) except -1:
-    if group not in (32, 64, 128):
-        raise ValueError(f"groups of {what} are 32, 64 or 128 columns, got {group}")
+cdef int _check_group(int64_t group, int64_t k, str what) except -1:
+    if group not in (32, 64, 128, AE_WHOLE):
+        raise ValueError(f"groups of {what} are 32, 64 or 128 columns, or WHOLE, got {group}")
+    if group == AE_WHOLE and k > AE_MOST_WHOLE:
+        raise ValueError(f"{what} in WHOLE rows have at most {AE_MOST_WHOLE} columns, got {k}")
     return 0
 
 
@@ -80,15 +86,17 @@ def quantized_row_bytes(int64_t k, int64_t group):
     """Bytes of a quantized row of `k` activations."""
     if k < 0:
         raise ValueError(f"the width must not be negative, got {k}")
-    _check_group(group, "quantized rows")
+    _check_group(group, k, "quantized rows")
     return ae_row8_bytes(k, group)
 
 
 # The `enum ae_dtype` of a packed weight, after checking that its groups suit it.
-cdef int _weight_type(str dtype, int64_t group, bint minimum) except -1:
+cdef int _weight_type(str dtype, int64_t k, int64_t group, bint minimum) except -1:
     cdef int type = _lookup(_WEIGHT_TYPES, dtype, "weight type")
     if type == AE_Q8 or type == AE_Q4:
-        _check_group(group, f"{dtype} weights")
+        _check_group(group, k, f"{dtype} weights")
+        if group == AE_WHOLE and (type == AE_Q4 or minimum):
+            raise ValueError("weights in WHOLE rows are Q8 without minima")
     elif group or minimum:
         raise ValueError(f"{dtype} weights have no groups")
     return type
@@ -98,7 +106,7 @@ def packed_bytes(int64_t n, int64_t k, str dtype not None, int64_t group=0, bint
     """Bytes of a packed [n, k] weight of type `dtype`: F32, BF16, F16, or Q8 or Q4 in groups."""
     if n < 0 or k < 0:
         raise ValueError(f"the shape must not be negative, got [{n}, {k}]")
-    return ae_packed_bytes(n, k, _weight_type(dtype, group, minimum), group, minimum)
+    return ae_packed_bytes(n, k, _weight_type(dtype, k, group, minimum), group, minimum)
 
 
 # Fills `source` but for its data, which must hold `rows` rows.
@@ -154,14 +162,14 @@ def pack_linear(
     cdef ae_target target
     cdef int failed
     cdef _View data = _View(src, False), out = _View(dst, True)
-    target.type = _weight_type(dst_dtype, group, minimum)
+    _source(&source, src_dtype, data, rows, cols, row_offset, col_start, col_stop)
+    target.type = _weight_type(dst_dtype, source.col_stop - source.col_start, group, minimum)
     target.data = <char *>out.data
     target.group = group
     target.minimum = minimum
     target.row_offset = row_offset
     target.panel_stride = panel_stride
     target.panel_offset = panel_offset
-    _source(&source, src_dtype, data, rows, cols, row_offset, col_start, col_stop)
     if panel_offset < 0 or panel_stride <= panel_offset:
         raise ValueError(f"panel {panel_offset} does not lie in a stride of {panel_stride} panels")
     cdef int64_t panels = (row_offset + rows + AE_PANEL - 1) // AE_PANEL
@@ -174,7 +182,7 @@ def pack_linear(
             "the packed weight",
         )
     with nogil:
-        failed = ae_pack(team._team, &source, &target)
+        failed = ae_pack(team._team, team._kernels, &source, &target)
     if failed:
         raise RuntimeError(_FORKED)
 

@@ -13,7 +13,7 @@ from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 from asyncengine._fast import cpu
-from asyncengine._fast.cpu import head_bytes, quantized_row_bytes
+from asyncengine._fast.cpu import WHOLE, head_bytes, quantized_row_bytes
 
 from ...checkpoint.spec import KVDType, ModelSpec
 from ..models.parameters import Embedding, Linear, Vector
@@ -26,6 +26,8 @@ _TYPES = {"F32": 0, "BF16": 1, "F16": 2, "Q8": 3, "Q4": 4, "I8": 5}
 KV_TYPES: dict[KVDType, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
 
 _ALIGNMENT = 64
+_MOST_GROUP = 128
+"""Columns of the widest group; a gated linear is cut between such."""
 
 
 class Code(IntEnum):
@@ -223,7 +225,7 @@ class Recorder:
         self.all_reduce(residual)
 
     def gated_linear(self, x: Handle, weight: Linear) -> Handle:
-        out = self._new(x.rows, weight.out_features // 2, self._place.weights.group)
+        out = self._new(x.rows, weight.out_features // 2, self._part_group(_MOST_GROUP))
         self._linear(out, x, weight, Mode.GATED)
         return out
 
@@ -238,9 +240,8 @@ class Recorder:
 
     def attention(self, qkv: Handle, layer: int, window: int) -> Handle:
         place = self._place
-        head_dim, group = place.spec.head_dim, place.weights.group
-        if group and head_dim % group:
-            group = 0  # groups that span heads are quantized when all heads are there
+        head_dim = place.spec.head_dim
+        group = self._part_group(head_dim)
         out = self._new(qkv.rows, place.heads[0] * head_dim, group)
         addresses = (self._read(qkv), *place.kv_addresses(layer), out.row8, 0, 0, self._workspace)
         kv_type = _TYPES[KV_TYPES[place.kv_dtype]]
@@ -291,6 +292,12 @@ class Recorder:
             *(group, minimum, mode),
         )
         self._add(code, out, (source, packed.address, packed.bias, p4), sizes)
+
+    def _part_group(self, width: int) -> int:
+        """Group size with which a thread can quantize its part of a row, some heads or panels; 0 if it cannot:
+        such rows are quantized when all of them is there."""
+        group = self._place.weights.group
+        return 0 if group == WHOLE or group and width % group else group
 
     def _quantized(self, x: Handle, group: int) -> int:
         """Address of the quantized rows of `x`, made here if its own operation did not."""

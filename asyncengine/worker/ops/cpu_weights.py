@@ -37,7 +37,7 @@ class CpuWeights:
             for p in parameters
             if not isinstance(p, Vector)
         }
-        self.group = max(format.group for format in self._formats.values())
+        self.group = next((format.group for format in self._formats.values() if format.group), 0)
         """Group size of quantized rows; all quantized weights of a model have the same. 0: there are none."""
         heads = {p.sources: p for p in parameters if isinstance(p, Linear) and p.is_head}
         self._shared = {
@@ -151,7 +151,7 @@ class CpuWeights:
 
     def _in_panels(self, parameter: Embedding | Linear) -> bool:
         """Plain tables lie in rows, which are read whole; all else in panels."""
-        return isinstance(parameter, Linear) or self._formats[parameter].group > 0
+        return isinstance(parameter, Linear) or self._formats[parameter].group != 0
 
     def _address(self, parameter: Parameter) -> int:
         return self._memory.address + self._offsets[parameter]

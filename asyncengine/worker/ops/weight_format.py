@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from asyncengine._fast.cpu import source_format
+from asyncengine._fast.cpu import WHOLE, source_format
 
 from ...checkpoint.spec import DType
 from ..models.parameters import Embedding, Linear
@@ -20,7 +20,7 @@ class WeightFormat(NamedTuple):
     dtype: str
     """F32, BF16, F16, Q8 or Q4."""
     group: int = 0
-    """Columns that share a scale; 0 in plain types."""
+    """Columns that share a scale; 0 in plain types, WHOLE where all of a row do, rotated."""
     minimum: bool = False
     """Whether groups have a minimum beside the scale."""
 
@@ -30,7 +30,7 @@ PLAIN: dict[DType, WeightFormat] = {
     "bfloat16": WeightFormat("BF16"),
     "float16": WeightFormat("F16"),
 }
-FORMATS = {"int8": WeightFormat("Q8", 64), "int4": WeightFormat("Q4", 32, True)}
+FORMATS = {"int8": WeightFormat("Q8", WHOLE), "int4": WeightFormat("Q4", 32, True)}
 """Of the linears under `quantization`. Tables and heads are 8 bits wide under both: a wrong choice among
 many close tokens costs more than their memory."""
 
