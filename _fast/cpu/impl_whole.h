@@ -5,13 +5,17 @@
 #include "quantized.h"
 #include "simd_int.h"
 
-/* Rows of the largest tile, whose sums fit the registers. */
+/* Rows of the largest tile of one panel, and of two: their sums fit the registers. Two panels take fewer loads
+ * for a product, but are read in turns: only where they come from the cache. 0: not at all. */
 #if defined(AE_LEVEL_AVX512VNNI)
 #define TILE_ROWS 12
+#define PAIR_ROWS 6
 #elif defined(AE_LEVEL_AVX512)
 #define TILE_ROWS 6
+#define PAIR_ROWS 0
 #else
 #define TILE_ROWS 2
+#define PAIR_ROWS 0
 #endif
 
 /* Of one row: where its sums start, which is less what the weights' zero adds, and its scale. */
@@ -23,7 +27,7 @@ typedef struct whole_row {
 typedef struct whole_call {
     const int8_t *x;
     const whole_row *rows;
-    const char *w; /* the panel */
+    const char *w; /* the first panel */
     int64_t x_stride, k; /* k: of codes, a multiple of 32 */
     ae_fetch *fetch;
     int64_t every; /* bytes of weights after which it is asked for more: other tiles read the same ones */
@@ -35,32 +39,35 @@ typedef struct whole_call {
 #define PANEL_VECTORS (AE_PANEL / W)
 /* Three rows share a base address, so that the addresses of all rows fit the registers. */
 #define X(m, k) signed4_set(*(const int32_t *)(x[(m) / 3] + (m) % 3 * stride + (k)))
+#define AT(v, line) ((v) < PANEL_VECTORS ? (line) : (line) + panel_bytes) /* of vector v's panel */
 
-AE_INLINE void whole_run(const whole_call *t, const int rows) {
-    const int64_t stride = t->x_stride;
-    vi sum[TILE_ROWS][8];
-    EACH(m, rows) EACH(v, PANEL_VECTORS) sum[m][v] = vi_start(&t->rows[m].start);
+AE_INLINE void whole_run(const whole_call *t, const int rows, const int panels) {
+    const int64_t stride = t->x_stride, panel_bytes = (t->k + 4) * AE_PANEL;
+    const int vectors = panels * PANEL_VECTORS;
+    vi sum[TILE_ROWS][2 * PANEL_VECTORS];
+    EACH(m, rows) EACH(v, vectors) sum[m][v] = vi_start(&t->rows[m].start);
     const int8_t *x[4] = {t->x, t->x + 3 * stride, t->x + 6 * stride, t->x + 9 * stride};
     const char *line = t->w + 4 * AE_PANEL;
     int64_t unread = 0;
     for (int64_t left = t->k; left; left -= 32) {
         EACH(k, 8) {
-            codes both[8];
-            EACH(v, PANEL_VECTORS) both[v] = codes_of(vi_fetch(line + (k * AE_PANEL + v * W) * 4));
+            codes w[2 * PANEL_VECTORS];
+            EACH(v, vectors)
+                w[v] = codes_of(vi_fetch(AT(v, line) + (k * AE_PANEL + v % PANEL_VECTORS * W) * 4));
             EACH(m, rows) {
                 const signed4 a = X(m, 4 * k);
-                EACH(v, PANEL_VECTORS) sum[m][v] = dot(sum[m][v], both[v], a);
+                EACH(v, vectors) sum[m][v] = dot(sum[m][v], w[v], a);
             }
         }
         line += 32 * AE_PANEL;
         EACH(i, (rows + 2) / 3) x[i] += 32;
-        for (unread -= 32 * AE_PANEL; unread < 0; unread += t->every) ae_fetch_more(t->fetch);
+        for (unread -= panels * 32 * AE_PANEL; unread < 0; unread += t->every) ae_fetch_more(t->fetch);
     }
-    EACH(v, PANEL_VECTORS) {
+    EACH(v, vectors) {
         float *out = t->out + v * W;
         const int64_t exist = t->columns - v * W;
         if (exist <= 0) continue;
-        const vf d = vf_load((const float *)t->w + v * W);
+        const vf d = vf_load((const float *)AT(v, t->w) + v % PANEL_VECTORS * W);
         EACH(m, rows) {
             const vf y = vf_mul(vi_to_vf(sum[m][v]), vf_mul(d, vf_set(t->rows[m].scale)));
             if (exist >= W)
@@ -74,7 +81,9 @@ AE_INLINE void whole_run(const whole_call *t, const int rows) {
 typedef void (*whole_fn)(const whole_call *);
 
 #define TILE(rows) \
-    static void whole_##rows(const whole_call *t) { whole_run(t, rows); }
+    static void whole_##rows(const whole_call *t) { whole_run(t, rows, 1); }
+#define PAIR(rows) \
+    static void whole_pair_##rows(const whole_call *t) { whole_run(t, rows, 2); }
 
 TILE(1) TILE(2)
 #if TILE_ROWS >= 6
@@ -83,9 +92,12 @@ TILE(3) TILE(4) TILE(5) TILE(6)
 #if TILE_ROWS >= 12
 TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
 #endif
+#if PAIR_ROWS
+PAIR(1) PAIR(2) PAIR(3) PAIR(4) PAIR(5) PAIR(6)
+#endif
 
 /* By rows - 1. */
-static const whole_fn whole_tiles[TILE_ROWS] = {
+static const whole_fn whole_tiles[] = {
     whole_1, whole_2,
 #if TILE_ROWS >= 6
     whole_3, whole_4, whole_5, whole_6,
@@ -94,10 +106,15 @@ static const whole_fn whole_tiles[TILE_ROWS] = {
     whole_7, whole_8, whole_9, whole_10, whole_11, whole_12,
 #endif
 };
+#if PAIR_ROWS
+static const whole_fn whole_pairs[] = {
+    whole_pair_1, whole_pair_2, whole_pair_3, whole_pair_4, whole_pair_5, whole_pair_6,
+};
+#endif
 
-/* A panel times all rows of a chunk. */
-static void whole_piece(whole_call t, int64_t rows) {
-    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+/* One panel, or two, times all rows of a chunk, in tiles of at most `most` rows. */
+static void whole_piece(whole_call t, int64_t rows, const whole_fn *fns, int64_t most) {
+    const int64_t tiles = (rows + most - 1) / most;
     const whole_call first = t;
     t.every = FETCH_EVERY * tiles;
     for (int64_t i = 0; i < tiles; i++) {
@@ -105,18 +122,18 @@ static void whole_piece(whole_call t, int64_t rows) {
         t.x = first.x + row * t.x_stride;
         t.rows = first.rows + row;
         t.out = first.out + row * t.out_stride;
-        whole_tiles[count - 1](&t);
+        fns[count - 1](&t);
     }
 }
 
 /* See impl_linear.h. */
 static void whole_chunk(const linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels, float *out,
                         int64_t stride, int64_t columns, const ae_thread *thread) {
-    const int64_t row_bytes = ae_row8_bytes(l->k, AE_WHOLE), bytes = ae_whole_panel_bytes(l->k);
+    const int64_t row_bytes = ae_row8_bytes(l->k, AE_WHOLE), panel_bytes = ae_whole_panel_bytes(l->k);
     whole_row *prepared = thread->scratch;
     whole_call t = {.x = (const int8_t *)l->x + row * row_bytes,
                     .rows = prepared,
-                    .w = l->weight + panel * bytes,
+                    .w = l->weight + panel * panel_bytes,
                     .x_stride = row_bytes,
                     .k = ae_group_width(l->k, AE_WHOLE),
                     .fetch = thread->fetch,
@@ -128,18 +145,34 @@ static void whole_chunk(const linear *l, int64_t row, int64_t rows, int64_t pane
         prepared[r] = (whole_row){-128 * *ae_row8_sums(row8, l->k, AE_WHOLE),
                                   *ae_row8_scales(row8, l->k, AE_WHOLE)};
     }
-    for (int64_t p = 0; p < panels; p++, t.w += bytes, t.out += AE_PANEL, t.columns -= AE_PANEL) {
-        /* Those of a small batch are fetched from front to back already; of a large one each is fetched while the
-         * one before is multiplied. */
-        if (!is_small(l))
-            ae_fetch_begin(t.fetch, t.w, bytes, ae_region_of(t.w + bytes, p + 1 < panels ? bytes : 0));
+    for (int64_t taken; panels; panels -= taken) {
+        const int in_pairs = PAIR_ROWS && !is_small(l) && panels > 1;
+        taken = 1 + in_pairs;
+        const int64_t bytes = taken * panel_bytes;
+        /* Those of a small batch are fetched from front to back already; of a large one, while the ones before
+         * are multiplied. */
+        if (!is_small(l)) {
+            const int64_t after = panels - taken < taken ? panels - taken : taken;
+            ae_fetch_begin(t.fetch, t.w, bytes, ae_region_of(t.w + bytes, after * panel_bytes));
+        }
         ae_fetch_allow(t.fetch, bytes);
-        whole_piece(t, rows);
+#if PAIR_ROWS
+        if (in_pairs)
+            whole_piece(t, rows, whole_pairs, PAIR_ROWS);
+        else
+#endif
+            whole_piece(t, rows, whole_tiles, TILE_ROWS);
+        t.w += bytes;
+        t.out += taken * AE_PANEL;
+        t.columns -= taken * AE_PANEL;
     }
 }
 
 #undef TILE_ROWS
+#undef PAIR_ROWS
 #undef EACH
 #undef PANEL_VECTORS
 #undef X
+#undef AT
 #undef TILE
+#undef PAIR
