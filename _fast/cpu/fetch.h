@@ -10,7 +10,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define AE_FETCH_WINDOW 65536
+/* Bytes of a window: at most an eighth of the L2 cache. */
+extern int64_t ae_fetch_window;
+
 #define AE_FETCH_PARTS 8
 #define AE_FETCH_LINES 128 /* bytes of each part fetched at a time: memory gives two lines together */
 #define AE_FETCH_BYTES (AE_FETCH_PARTS * AE_FETCH_LINES)
@@ -29,7 +31,7 @@ typedef struct ae_fetch {
 } ae_fetch;
 
 static inline ae_region ae_region_of(const char *start, int64_t bytes) {
-    ae_region r = {.start = start, .windows = (bytes + AE_FETCH_WINDOW - 1) / AE_FETCH_WINDOW};
+    ae_region r = {.start = start, .windows = (bytes + ae_fetch_window - 1) / ae_fetch_window};
     const int64_t units = r.windows * AE_FETCH_BYTES;
     if (units) r.part = (bytes + units - 1) / units * AE_FETCH_LINES;
     return r;
