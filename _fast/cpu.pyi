@@ -25,6 +25,7 @@ I8: int
 OPERATION_BYTES: int
 PANEL: int
 WHOLE: int
+MOST_WHOLE: int
 F16: int
 
 def levels() -> list[str]: ...

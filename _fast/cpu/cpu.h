@@ -49,8 +49,8 @@ enum ae_code {
      * Ids outside [n2, n2+n3) give zeros (another rank has them). */
     AE_EMBED,
     /* Where an op's output is read by quantized linears, p4 takes it as quantized rows of group n3
-     * (quantized.h), and p0 may be NULL; else p4 is NULL. So it is in AE_RMS_NORM, AE_LINEAR with AE_GATED,
-     * AE_ATTENTION and AE_SELECT.
+     * (quantized.h), and p0 may be NULL; else p4 is NULL. So it is in AE_RMS_NORM, AE_SELECT and, for groups
+     * but not for AE_WHOLE rows, which many threads write, AE_LINEAR with AE_GATED and AE_ATTENTION.
      *
      * p0 out · p1 x · p2 weight f32 [H] · n0 H · f0 eps:  out = x / sqrt(mean(x^2) + eps) * weight */
     AE_RMS_NORM,

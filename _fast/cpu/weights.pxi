@@ -37,6 +37,7 @@ cdef extern from "cpu/quantized.h" nogil:
 
 PANEL = AE_PANEL
 WHOLE = AE_WHOLE
+MOST_WHOLE = AE_MOST_WHOLE
 _SOURCE_TYPES = {
     "F32": AE_SRC_F32,
     "BF16": AE_SRC_BF16,

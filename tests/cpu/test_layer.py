@@ -21,6 +21,7 @@ FORMATS = {
     "bf16": ("BF16", 0, False, "BF16"),
     "f16": ("F16", 0, False, "F16"),
     "int8": ("Q8", 32, False, "I8"),
+    "int8-whole": ("Q8", cpu.WHOLE, False, "BF16"),
     "int8-minimum": ("Q8", 64, True, "BF16"),
     "int4": ("Q4", 32, False, "BF16"),
     "int4-minimum": ("Q4", 128, True, "I8"),
@@ -114,7 +115,11 @@ class Layer:
             add(cpu.QUANTIZE, [0, mixed, 0, 0, mixed8], [Q_HEADS * DIM, 0, 0, group])
         linear(x, mixed8 or mixed, HIDDEN, Q_HEADS * DIM, ADD)
         add(cpu.RMS_NORM, [normed, x, norm.ctypes.data, 0, normed8], [HIDDEN, 0, 0, group])
-        linear(gated, normed8 or normed, 2 * INNER, HIDDEN, GATED, gated8)
+        if group == cpu.WHOLE:
+            linear(gated, normed8, 2 * INNER, HIDDEN, GATED)
+            add(cpu.QUANTIZE, [0, gated, 0, 0, gated8], [INNER, 0, 0, group])
+        else:
+            linear(gated, normed8 or normed, 2 * INNER, HIDDEN, GATED, gated8)
         linear(x, gated8 or gated, HIDDEN, INNER, ADD)
         last, last8 = self.zeros(MOST_ROWS, HIDDEN).ctypes.data, self.row8(HIDDEN)
         add(cpu.SELECT, [last, x, 0, 0, last8], [HIDDEN, 0, 0, group], cpu.SAMPLES)

@@ -7,14 +7,20 @@ import torch
 from asyncengine.checkpoint.gguf import GGUFFile
 from asyncengine.checkpoint.gguf_spec import spec_from_gguf
 
+from ..cpu.test_whole_rows import norm_of, rotation
 from .test_demo import reference
 from .tiny import Started, make_model, prompt, reference_logits, spec_of
 
+WHOLE = 0
+"""In place of a group: rows are rotated, and have one scale each."""
 NUMBERS = list(range(700, 750))
 
 
 def rounded_to_8_bits(x, group, scale_type=np.float32):
     """Symmetric: `max|x| / 127` for every row and `group` columns."""
+    if group == WHOLE:
+        turn = rotation(x.shape[1]) / np.sqrt(norm_of(x.shape[1]))
+        return (rounded_to_8_bits(x @ turn, x.shape[1]) @ turn).astype(np.float32)
     groups = np.pad(x, ((0, 0), (0, -x.shape[1] % group))).reshape(len(x), -1, group)
     largest = np.abs(groups).max(axis=2, keepdims=True)
     scale = (largest / 127).astype(scale_type).astype(np.float32)
@@ -56,11 +62,9 @@ def logits_of(started, ids):
 
 def test_int8(saved):
     model, directory = saved
-    rounded = with_rounded_inputs(type(model)(model.config).eval(), 64)
+    rounded = with_rounded_inputs(type(model)(model.config).eval(), WHOLE)
     state = {
-        name: torch.from_numpy(rounded_to_8_bits(tensor.numpy(), 64, np.float16))
-        if tensor.ndim == 2
-        else tensor
+        name: torch.from_numpy(rounded_to_8_bits(tensor.numpy(), WHOLE)) if tensor.ndim == 2 else tensor
         for name, tensor in model.state_dict().items()
     }
     rounded.load_state_dict(state)

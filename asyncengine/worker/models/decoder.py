@@ -42,8 +42,10 @@ class Decoder:
         residual = ops.all_reduce(ops.embed(self.embed))
         for index, layer in enumerate(self.layers):
             layer.attend(ops, residual, index)
+            if layer is self.layers[-1]:  # the rest attends to nothing: only sampled rows need it
+                residual = ops.select(residual)
             layer.transform(ops, residual)
-        h = ops.rms_norm(ops.select(residual), self.norm)
+        h = ops.rms_norm(residual, self.norm)
         return ops.head(h, self.head, self.spec.vocab_size, self.vocab.start)
 
 
