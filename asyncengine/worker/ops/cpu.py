@@ -294,8 +294,8 @@ class Recorder:
         self._add(code, out, (source, packed.address, packed.bias, p4), sizes)
 
     def _part_group(self, width: int) -> int:
-        """Group size with which a thread can quantize its part of a row, a multiple of `width`; 0 if it cannot,
-        and the row is quantized when all of it is there."""
+        """Group size with which a thread can quantize its part of a row, a multiple of `width`; 0 if it
+        cannot, and the row is quantized when all of it is there."""
         group = self._place.weights.group
         return 0 if group == WHOLE or (group and width % group) else group
 
