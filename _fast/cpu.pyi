@@ -29,6 +29,26 @@ MOST_WHOLE: int
 F16: int
 
 def levels() -> list[str]: ...
+
+@final
+class Codes:
+    rows: int
+    cols: int
+    def __init__(
+        self,
+        layout: str,
+        bits: int,
+        rows: int,
+        cols: int,
+        group: int,
+        codes: ReadableBuffer,
+        scale_dtype: str,
+        scales: ReadableBuffer,
+        zeros: ReadableBuffer | None = None,
+        zero_shift: int = 0,
+        group_index: ReadableBuffer | None = None,
+    ) -> None: ...
+
 def source_bytes(src_dtype: str, count: int) -> int: ...
 def source_format(src_dtype: str) -> tuple[int, bool] | None: ...
 def quantized_row_bytes(k: int, group: int) -> int: ...
@@ -36,7 +56,7 @@ def packed_bytes(n: int, k: int, dtype: str, group: int = 0, minimum: bool = Fal
 def pack_linear(
     team: Team,
     src_dtype: str,
-    src: ReadableBuffer | int,
+    src: ReadableBuffer | int | Codes,
     rows: int,
     cols: int,
     dst: ReadableBuffer | int,
@@ -45,6 +65,7 @@ def pack_linear(
     *,
     group: int = 0,
     minimum: bool = False,
+    row_start: int = 0,
     col_start: int = 0,
     col_stop: int | None = None,
     panel_stride: int = 1,
@@ -53,13 +74,14 @@ def pack_linear(
 def convert(
     team: Team,
     src_dtype: str,
-    src: ReadableBuffer | int,
+    src: ReadableBuffer | int | Codes,
     rows: int,
     cols: int,
     dst: ReadableBuffer | int,
     dst_dtype: str,
     row_offset: int = 0,
     *,
+    row_start: int = 0,
     col_start: int = 0,
     col_stop: int | None = None,
 ) -> None: ...

@@ -94,6 +94,7 @@ cdef int _lookup(dict table, str name, str what) except -1:
 
 include "cpu/buffer.pxi"
 include "cpu/program.pxi"
+include "cpu/codes.pxi"
 include "cpu/weights.pxi"
 include "cpu/comm.pxi"
 include "cpu/sample.pxi"

@@ -107,12 +107,14 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True):
     trust_remote_code: bool = False
     load_format: str = "auto"
     dtype: str = "auto"
-    """Type of weights and cache; `auto` is that of the checkpoint (on CUDA bfloat16 for float32 ones). A GGUF
-    file keeps its quantized weights under `auto` on a CPU, and is dequantized to any other, unless
-    `quantization` says more; on CUDA it is always dequantized, under `auto` to bfloat16."""
+    """Type of weights and cache; `auto` is that of the checkpoint (on CUDA bfloat16 for float32 ones).
+    Quantized files (GGUF, AWQ, GPTQ, compressed-tensors) keep their weights under `auto` on a CPU, and are
+    dequantized to any other, unless `quantization` says more; on CUDA GGUF is always dequantized, under
+    `auto` to bfloat16, and the others are refused."""
     quantization: str | None = None
     """`int8` or `int4`: weights of any checkpoint are quantized as they are loaded, and multiplied in
-    integers; `gguf`: a GGUF file's weights stay as they are stored, whatever `dtype`. On a CPU only."""
+    integers; `gguf`, `awq`, `gptq`, `compressed-tensors`: the weights of such a file stay as they are stored,
+    whatever `dtype`. On a CPU only."""
     kv_cache_dtype: str = "auto"
     """`int8` (on a CPU) halves the cache, each token and head has a scale; so does `fp8` (on CUDA)."""
     max_model_len: int | None = None
@@ -268,7 +270,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "load_format": ("auto", "safetensors", "gguf", "dummy"),
     "dtype": ("auto", *_DTYPES),
     "kv_cache_dtype": ("auto", *_KV_DTYPES),
-    "quantization": (None, "int8", "int4", "gguf"),
+    "quantization": (None, "int8", "int4", "gguf", "awq", "gptq", "compressed-tensors"),
     "device": ("auto", "cpu", "cuda"),
     "scheduling_policy": ("fcfs", "priority"),
 }
@@ -304,7 +306,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     dtype: DType
     quantization: str | None
-    """gguf (as stored), int8 or int4; None: no weight is quantized."""
+    """int8, int4, or the file's format (as stored); None: no weight is quantized."""
     kv_dtype: KVDType
     max_model_len: int
     """Longest sequence, prompt and output together, in tokens."""
@@ -347,8 +349,7 @@ def resolve(
     for name, (served, instead) in (_CUDA_UNSERVED if device == "cuda" else _CPU_UNSERVED).items():
         if getattr(args, name) not in served:
             args.refuse(name, f"is not supported on device {device!r}; {instead}")
-    if args.quantization == "gguf" and not is_gguf:
-        args.refuse("quantization", "needs a GGUF file; other checkpoints take 'int8' or 'int4'")
+    stored = _stored_quantization(args, spec, device, is_gguf)
     check_parallel(spec, args.tensor_parallel_size)
     max_model_len = args.max_model_len or spec.max_context
     if max_model_len > spec.max_context:
@@ -366,12 +367,11 @@ def resolve(
             f"must be at least max_num_seqs ({args.max_num_seqs}): every running sequence needs one",
         )
     dtype = _resolve_dtype(args, spec, device)
-    stays_packed = is_gguf and device == "cpu" and args.dtype == "auto" and args.quantization is None
     return EngineConfig(
         model=args.model,
         device=device,
         dtype=dtype,
-        quantization="gguf" if stays_packed else args.quantization,
+        quantization=args.quantization or (stored if device == "cpu" and args.dtype == "auto" else None),
         kv_dtype=_resolve_kv_dtype(args, dtype, device),
         max_model_len=max_model_len,
         max_num_seqs=args.max_num_seqs,
@@ -407,6 +407,27 @@ def _resolve_device(args: EngineArgs, gpus: Sequence[GPU] | None) -> str:
     if len(found) < args.tensor_parallel_size:
         args.refuse("tensor_parallel_size", f"needs as many GPUs, and {len(found)} are visible; lower it")
     return "cuda"
+
+
+def _stored_quantization(args: EngineArgs, spec: ModelSpec, device: str, is_gguf: bool) -> str | None:
+    """The format of the checkpoint's quantized weights, if it has any."""
+    packing = None if args.load_format == "dummy" else spec.packing
+    if packing is not None and device == "cuda":
+        args.refuse(
+            "device",
+            f"takes a GPU, where {packing.method} checkpoints are not supported; use device='cpu', or the"
+            " model's unquantized weights",
+        )
+    if is_gguf:
+        stored: str | None = "gguf"
+    else:
+        stored = None if packing is None else packing.method
+    if args.quantization not in (None, "int8", "int4", stored):
+        needed = (
+            "GGUF file" if args.quantization == "gguf" else f"checkpoint quantized with {args.quantization}"
+        )
+        args.refuse("quantization", f"needs a {needed}; other checkpoints take 'int8' or 'int4'")
+    return stored
 
 
 def _resolve_dtype(args: EngineArgs, spec: ModelSpec, device: str) -> DType:

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from asyncengine import ConfigError, gpus
-from asyncengine.checkpoint.spec import ModelSpec
+from asyncengine.checkpoint.spec import ModelSpec, WeightPacking
 from asyncengine.config import EngineArgs, resolve
 from asyncengine.gpus import GPU, visible, visible_gpus
 
@@ -128,6 +128,34 @@ def test_dtype():
     on_gpu, on_cpu = made(spec=packed, is_gguf=True), made((), spec=packed, is_gguf=True)
     assert (on_gpu.dtype, on_gpu.quantization) == ("bfloat16", None)
     assert (on_cpu.dtype, on_cpu.quantization) == ("bfloat16", "gguf")
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "compressed-tensors"])
+def test_quantized_checkpoints(method):
+    """As stored on a CPU, unless told otherwise; not on a GPU."""
+    spec = msgspec.structs.replace(
+        SPEC, dtype="float16", packing=WeightPacking(method=method, bits=4, group_size=128)
+    )
+    for fields, expected in (
+        ({}, ("float16", method)),
+        ({"dtype": "bfloat16"}, ("bfloat16", None)),
+        ({"dtype": "bfloat16", "quantization": method}, ("bfloat16", method)),
+        ({"quantization": "int8"}, ("float16", "int8")),
+        ({"load_format": "dummy"}, ("float16", None)),
+    ):
+        config = made((), spec=spec, **fields)
+        assert (config.dtype, config.quantization) == expected
+    with pytest.raises(ConfigError, match=f"{method} checkpoints are not supported; use device='cpu'"):
+        made(spec=spec)
+    other = "awq" if method == "gptq" else "gptq"
+    for fields, needed in (
+        ({"quantization": other}, f"checkpoint quantized with {other}"),
+        ({"quantization": "gguf"}, "GGUF file"),
+        ({"quantization": method, "load_format": "dummy"}, f"checkpoint quantized with {method}"),
+    ):
+        with pytest.raises(ConfigError, match=f"needs a {needed}; other checkpoints take") as caught:
+            made((), spec=spec, **fields)
+        assert caught.value.parameter == "quantization"
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ static void pack_whole(void *packing, const ae_thread *thread) {
     for (int64_t i; (i = ae_next(thread, panels, 1)) >= 0;) {
         const ae_lanes at = ae_lanes_of(p, i);
         for (int r = 0; r < at.lanes; r++) {
-            ae_dequantize(x, ae_source_row(s, at.row + r), s->type, s->col_start, k);
+            ae_source_values(x, k, s, at.row + r, 1, s->col_start, k);
             place_whole(at.panel, at.lane + r, x, k, codes);
         }
     }

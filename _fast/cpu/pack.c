@@ -8,6 +8,8 @@
 #define CHUNK 256
 /* Row stride of the staged chunk, off the powers of two that would collide in the cache. */
 #define STRIDE (CHUNK + 8)
+/* Rows that are read at a time. */
+#define ROWS 8
 
 static void narrow(void *out, const float *x, int64_t count, int type) {
     uint16_t *h = out;
@@ -56,15 +58,16 @@ static void pack_plain(void *packing, const ae_thread *thread) {
     const ae_source *s = p->source;
     const int64_t columns = s->col_stop - s->col_start, panels = ae_target_panels(p);
     const int type = p->target->type, size = type == AE_F32 ? 4 : 2;
-    float wide[CHUNK];
+    float wide[ROWS * CHUNK];
     _Alignas(64) char staged[AE_PANEL * STRIDE * 4];
     for (int64_t i; (i = ae_next(thread, panels, 1)) >= 0;) {
         const ae_lanes at = ae_lanes_of(p, i);
         for (int64_t c = s->col_start, end; c < s->col_stop; c = end) {
             end = chunk_end(s, c);
             for (int r = 0; r < at.lanes; r++) {
-                ae_dequantize(wide, ae_source_row(s, at.row + r), s->type, c, end - c);
-                narrow(staged + r * STRIDE * size, wide, end - c, type);
+                const int left = at.lanes - r < ROWS ? at.lanes - r : ROWS;
+                if (r % ROWS == 0) ae_source_values(wide, CHUNK, s, at.row + r, left, c, end - c);
+                narrow(staged + r * STRIDE * size, wide + r % ROWS * CHUNK, end - c, type);
             }
             interleave(at.panel, staged, type, c - s->col_start, end - c, at.lane, at.lanes);
         }
@@ -87,15 +90,15 @@ static void convert_rows(void *packing, const ae_thread *thread) {
     const ae_source *s = p->source;
     const int64_t columns = s->col_stop - s->col_start;
     const int type = p->target->type, size = type == AE_F32 ? 4 : 2;
-    float wide[CHUNK];
-    for (int64_t i; (i = ae_next(thread, s->rows, 16)) >= 0;) {
-        for (int64_t row = i; row < i + 16 && row < s->rows; row++) {
-            char *out = p->target->data + (p->target->row_offset + row) * columns * size;
-            for (int64_t c = s->col_start, end; c < s->col_stop; c = end) {
-                end = chunk_end(s, c);
-                ae_dequantize(wide, ae_source_row(s, row), s->type, c, end - c);
-                narrow(out + (c - s->col_start) * size, wide, end - c, type);
-            }
+    float wide[ROWS * CHUNK];
+    for (int64_t i; (i = ae_next(thread, s->rows, ROWS)) >= 0;) {
+        const int64_t rows = s->rows - i < ROWS ? s->rows - i : ROWS;
+        char *out = p->target->data + (p->target->row_offset + i) * columns * size;
+        for (int64_t c = s->col_start, end; c < s->col_stop; c = end) {
+            end = chunk_end(s, c);
+            ae_source_values(wide, CHUNK, s, i, rows, c, end - c);
+            for (int64_t r = 0; r < rows; r++)
+                narrow(out + (r * columns + c - s->col_start) * size, wide + r * CHUNK, end - c, type);
         }
     }
 }

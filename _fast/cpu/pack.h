@@ -7,6 +7,7 @@
  * The columns past N in the last panel are never stored by the kernel; their contents do not matter.
  */
 #pragma once
+#include "codes.h"
 #include "cpu.h"
 #include "dequantize.h"
 #include "kernels.h"
@@ -28,11 +29,13 @@ static inline int64_t ae_packed_bytes(int64_t n, int64_t k, int type, int64_t gr
     return (n + AE_PANEL - 1) / AE_PANEL * ae_panel_bytes(k, type, group, minimum);
 }
 
-/* Columns [col_start, col_stop) of the source's rows: rows of a checkpoint's [rows, cols] tensor. */
+/* Columns [col_start, col_stop) of the source's rows: rows of a checkpoint's [rows, cols] tensor. They lie in
+ * `data` or, where `codes` is not NULL, are its rows from row_start on. */
 typedef struct ae_source {
     const char *data;
     int type; /* enum ae_source_type */
-    int64_t rows, cols, col_start, col_stop;
+    const ae_codes *codes;
+    int64_t rows, cols, col_start, col_stop, row_start;
 } ae_source;
 
 /* Where the rows go: source row 0 becomes row `row_offset` of a packed weight with K = col_stop - col_start,
@@ -83,6 +86,17 @@ static inline ae_lanes ae_lanes_of(const ae_packing *p, int64_t index) {
 
 static inline const char *ae_source_row(const ae_source *s, int64_t row) {
     return s->data + row * ae_source_bytes(s->type, s->cols);
+}
+
+/* out[r * stride + i] = the value at row `row + r` and column `start + i`. */
+static inline void ae_source_values(float *out, int64_t stride, const ae_source *s, int64_t row, int64_t rows,
+                                    int64_t start, int64_t count) {
+    if (s->codes) {
+        ae_read_values(out, stride, s->codes, s->row_start + row, rows, start, count);
+        return;
+    }
+    for (int64_t r = 0; r < rows; r++)
+        ae_dequantize(out + r * stride, ae_source_row(s, row + r), s->type, start, count);
 }
 
 /* The team's job of quantized types (pack_quantized.c); `packing` is an ae_packing. */

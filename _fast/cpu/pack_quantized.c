@@ -1,5 +1,6 @@
 /* Packing of quantized weights (quantized.h). The scales of a source that is coded in groups are kept and its
- * codes come back exactly; other weights get scales of their own:
+ * codes come back exactly (the minimum that zero points make is rounded); other weights get scales of their
+ * own:
  *     8 bits    d = max|w| / 127, symmetric
  *     4 bits    the d (and m) of least squared error, over several ranges from which outliers fall out, each
  *               with its codes' least-squares fit
@@ -11,6 +12,8 @@
 
 #define CHUNK 256
 #define MAX_GROUP 128
+/* Panels packed at a time: where the stored rows lie side by side, so many share a cache line. */
+#define PANELS 4
 #define NOT_FINITE 0x7E00
 /* Candidates for the range of 4-bit codes: the whole one, and smaller by this share of it each time. */
 #define RANGES 10
@@ -134,13 +137,21 @@ static void quantize(coded *c, const float *x, int64_t n, const ae_target *t) {
 
 /* Whether groups of the target can take scales and codes as the source has them. */
 static int keeps_codes(const ae_source *s, const ae_target *t) {
+    const int bits = t->type == AE_Q8 ? 8 : 4;
+    if (s->codes) {
+        const ae_codes *c = s->codes;
+        const int fits = t->minimum || c->zero.words == NULL || c->bits < bits;
+        const int whole = c->group >= s->cols || (c->group % t->group == 0 && s->col_start % t->group == 0);
+        return c->bits <= bits && fits && whole && c->group_of == NULL;
+    }
     const ae_coding coding = ae_source_coding(s->type);
-    return coding.bits && coding.bits <= (t->type == AE_Q8 ? 8 : 4) && (t->minimum || coding.zero >= 0) &&
-           t->group == 32 && s->col_start % 32 == 0;
+    return coding.bits && coding.bits <= bits && (t->minimum || coding.zero >= 0) && t->group == 32 &&
+           s->col_start % 32 == 0;
 }
 
-static void keep(coded *c, const float *x, int64_t n, const ae_target *t, const ae_source *s, const void *row,
-                 int64_t start) {
+/* A group of a GGUF row, x its values. */
+static void keep_block(coded *c, const float *x, int64_t n, const ae_target *t, const ae_source *s,
+                       const void *row, int64_t start) {
     const int bits = t->type == AE_Q8 ? 8 : 4;
     float scale, minimum;
     ae_source_scale(&scale, &minimum, row, s->type, start);
@@ -148,6 +159,20 @@ static void keep(coded *c, const float *x, int64_t n, const ae_target *t, const 
     c->d = ae_f32_to_f16(scale);
     c->m = ae_f32_to_f16(minimum);
     encode(c, x, n, scale, minimum, (1 << bits) - 1);
+}
+
+/* A group of codes. A minimum is the product of scale and zero point, rounded: within 2^-11 of it, which is
+ * 0.004 steps of a code at a zero point of 8. */
+static void keep_codes(coded *c, const uint8_t *q, int64_t n, const ae_target *t, const ae_source *s,
+                       int64_t row, int64_t start) {
+    float scale;
+    int zero;
+    ae_read_scale(&scale, &zero, s->codes, s->row_start + row, start / s->codes->group);
+    const int shift = t->minimum ? 0 : (t->type == AE_Q8 ? 128 : 8) - zero;
+    c->d = ae_f32_to_f16(scale);
+    c->m = ae_f32_to_f16(-(float)zero * scale);
+    memset(c->q, 0, sizeof c->q);
+    for (int64_t i = 0; i < n; i++) c->q[i] = (uint8_t)(q[i] + shift);
 }
 
 /* A group's codes into lane `lane` of its part of the panel. */
@@ -168,35 +193,61 @@ static void place(char *part, const coded *c, const ae_target *t, int lane) {
     }
 }
 
+/* Columns [start, start + count) of one lane. */
+static void pack_values(char *part, const ae_packing *p, int lane, int64_t row, int64_t start, int64_t count,
+                        int kept) {
+    const ae_source *s = p->source;
+    const ae_target *t = p->target;
+    float wide[CHUNK + W];
+    coded c;
+    memset(&c, 0, sizeof c);
+    ae_source_values(wide, CHUNK, s, row, 1, start, count);
+    for (int j = 0; j < W; j++) wide[count + j] = wide[count - 1];
+    for (int64_t k = 0; k < count; k += t->group) {
+        const int64_t n = count - k < t->group ? (count - k + W - 1) / W * W : t->group;
+        if (kept)
+            keep_block(&c, wide + k, n, t, s, ae_source_row(s, row), start + k);
+        else
+            quantize(&c, wide + k, n, t);
+        place(part + k / t->group * ae_group_bytes(t->type, t->group, t->minimum), &c, t, lane);
+    }
+}
+
+/* The same of all lanes, whose codes stay. */
+static void pack_codes(char *part, const ae_packing *p, const ae_lanes *at, int64_t start, int64_t count) {
+    const ae_source *s = p->source;
+    const ae_target *t = p->target;
+    uint8_t q[AE_PANEL * CHUNK];
+    coded c;
+    ae_read_codes(q, CHUNK, s->codes, s->row_start + at->row, at->lanes, start, count);
+    for (int64_t k = 0; k < count; k += t->group, part += ae_group_bytes(t->type, t->group, t->minimum)) {
+        const int64_t n = count - k < t->group ? count - k : t->group;
+        for (int r = 0; r < at->lanes; r++) {
+            keep_codes(&c, q + r * CHUNK + k, n, t, s, at->row + r, start + k);
+            place(part, &c, t, at->lane + r);
+        }
+    }
+}
+
 void ae_pack_quantized(void *packing, const ae_thread *thread) {
     const ae_packing *p = packing;
     const ae_source *s = p->source;
     const ae_target *t = p->target;
-    const int64_t group = t->group, group_bytes = ae_group_bytes(t->type, group, t->minimum);
-    const int64_t panels = ae_target_panels(p);
+    const int64_t group_bytes = ae_group_bytes(t->type, t->group, t->minimum), panels = ae_target_panels(p);
     const int kept = keeps_codes(s, t);
-    float wide[CHUNK + W];
-    coded c;
-    memset(&c, 0, sizeof c);
-    for (int64_t i; (i = ae_next(thread, panels, 1)) >= 0;) {
-        const ae_lanes at = ae_lanes_of(p, i);
-        char *part = at.panel;
+    for (int64_t i; (i = ae_next(thread, panels, PANELS)) >= 0;) {
+        const int64_t end = panels - i < PANELS ? panels : i + PANELS;
         for (int64_t start = s->col_start; start < s->col_stop; start += CHUNK) {
             const int64_t count = s->col_stop - start < CHUNK ? s->col_stop - start : CHUNK;
-            for (int r = 0; r < at.lanes; r++) {
-                const char *row = ae_source_row(s, at.row + r);
-                ae_dequantize(wide, row, s->type, start, count);
-                for (int j = 0; j < W; j++) wide[count + j] = wide[count - 1];
-                for (int64_t k = 0; k < count; k += group) {
-                    const int64_t n = count - k < group ? (count - k + W - 1) / W * W : group;
-                    if (kept)
-                        keep(&c, wide + k, n, t, s, row, start + k);
-                    else
-                        quantize(&c, wide + k, n, t);
-                    place(part + k / group * group_bytes, &c, t, at.lane + r);
-                }
+            for (int64_t panel = i; panel < end; panel++) {
+                const ae_lanes at = ae_lanes_of(p, panel);
+                char *part = at.panel + (start - s->col_start) / t->group * group_bytes;
+                if (kept && s->codes)
+                    pack_codes(part, p, &at, start, count);
+                else
+                    for (int r = 0; r < at.lanes; r++)
+                        pack_values(part, p, at.lane + r, at.row + r, start, count, kept);
             }
-            part += CHUNK / group * group_bytes;
         }
     }
 }

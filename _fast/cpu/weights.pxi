@@ -4,7 +4,8 @@ cdef extern from "cpu/pack.h" nogil:
     ctypedef struct ae_source:
         const char *data
         int type
-        int64_t rows, cols, col_start, col_stop
+        const ae_codes *codes
+        int64_t rows, cols, col_start, col_stop, row_start
 
     ctypedef struct ae_target:
         char *data
@@ -110,21 +111,22 @@ def packed_bytes(int64_t n, int64_t k, str dtype not None, int64_t group=0, bint
     return ae_packed_bytes(n, k, _weight_type(dtype, k, group, minimum), group, minimum)
 
 
-# Fills `source` but for its data, which must hold `rows` rows.
-cdef _source(
+# Fills `source`, which lives no longer than what is returned.
+cdef object _source(
     ae_source *source,
     str src_dtype,
-    _View data,
+    object src,
     int64_t rows,
     int64_t cols,
     int64_t row_offset,
+    int64_t row_start,
     int64_t col_start,
     object col_stop,
 ):
-    source.type = _lookup(_SOURCE_TYPES, src_dtype, "source type")
-    source.data = <const char *>data.data
+    memset(source, 0, sizeof(ae_source))
     source.rows = rows
     source.cols = cols
+    source.row_start = row_start
     source.col_start = col_start
     source.col_stop = cols if col_stop is None else col_stop
     if rows < 0 or row_offset < 0 or not 0 <= source.col_start <= source.col_stop <= cols:
@@ -132,7 +134,21 @@ cdef _source(
             f"rows {row_offset}..{row_offset + rows} and columns {source.col_start}..{source.col_stop}"
             f" do not lie in a source of {cols} columns"
         )
-    data.need(rows * source_bytes(src_dtype, cols), "the source")
+    cdef Codes codes
+    if src_dtype == "CODES":
+        codes = src
+        if codes is None or row_start < 0 or row_start + rows > codes.rows or cols != codes.cols:
+            raise ValueError(f"rows {row_start}..{row_start + rows} of {cols} columns do not lie in {src!r}")
+        source.codes = &codes._codes
+        return codes
+    cdef _View data = _View(src, False)
+    source.type = _lookup(_SOURCE_TYPES, src_dtype, "source type")
+    if row_start < 0:
+        raise ValueError(f"row_start must not be negative, got {row_start}")
+    cdef int64_t row_bytes = source_bytes(src_dtype, cols)
+    data.need((row_start + rows) * row_bytes, "the source")
+    source.data = <const char *>data.data + row_start * row_bytes
+    return data
 
 
 def pack_linear(
@@ -147,23 +163,25 @@ def pack_linear(
     *,
     int64_t group=0,
     bint minimum=False,
+    int64_t row_start=0,
     int64_t col_start=0,
     col_stop=None,
     int64_t panel_stride=1,
     int64_t panel_offset=0,
 ):
-    """Packs columns [col_start, col_stop) of a stored [rows, cols] weight for LINEAR.
+    """Packs rows [row_start, row_start + rows) and columns [col_start, col_stop) of a stored [_, cols] weight
+    for LINEAR.
 
     They become rows [row_offset, row_offset + rows) of `dst`, a packed weight of `dst_dtype` with
     K = col_stop - col_start and `packed_bytes(N, K, dst_dtype, group, minimum)` bytes, whose panel i of PANEL
-    rows lies at panel i * panel_stride + panel_offset. `src` and `dst` are buffers or addresses. Runs on the
-    whole team without the GIL.
+    rows lies at panel i * panel_stride + panel_offset. `src` and `dst` are buffers or addresses, but `src`
+    is a `Codes` where `src_dtype` is CODES. Runs on the whole team without the GIL.
     """
     cdef ae_source source
     cdef ae_target target
     cdef int failed
-    cdef _View data = _View(src, False), out = _View(dst, True)
-    _source(&source, src_dtype, data, rows, cols, row_offset, col_start, col_stop)
+    cdef _View out = _View(dst, True)
+    held = _source(&source, src_dtype, src, rows, cols, row_offset, row_start, col_start, col_stop)
     target.type = _weight_type(dst_dtype, source.col_stop - source.col_start, group, minimum)
     target.data = <char *>out.data
     target.group = group
@@ -198,6 +216,7 @@ def convert(
     str dst_dtype not None,
     int64_t row_offset=0,
     *,
+    int64_t row_start=0,
     int64_t col_start=0,
     col_stop=None,
 ):
@@ -205,12 +224,12 @@ def convert(
     cdef ae_source source
     cdef ae_target target
     cdef int failed
-    cdef _View data = _View(src, False), out = _View(dst, True)
+    cdef _View out = _View(dst, True)
     memset(&target, 0, sizeof(target))
     target.type = _lookup(_TYPES, dst_dtype, "weight type")
     target.data = <char *>out.data
     target.row_offset = row_offset
-    _source(&source, src_dtype, data, rows, cols, row_offset, col_start, col_stop)
+    held = _source(&source, src_dtype, src, rows, cols, row_offset, row_start, col_start, col_stop)
     cdef int64_t width = source.col_stop - source.col_start
     out.need((row_offset + rows) * width * (4 if target.type == AE_F32 else 2), "the destination")
     with nogil:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from ..errors import ConfigError, ModelLoadError
+from .packing import read_packing
 from .rope import read_rope
 from .spec import DType, ModelSpec
 from .values import MAX_TOKEN_ID, Values, load_json, refuse, token_ids
@@ -96,12 +97,6 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     is not supported.
     """
     architecture = _architecture(config)
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        refuse(
-            "quantization_config", method, "is not supported; take the model's unquantized weights or a GGUF"
-        )
     values = Values(_DEFAULTS[architecture] | dict(config))
     if values.get("hidden_act") != "silu":
         refuse("hidden_act", values.get("hidden_act"), "is not supported; supported: silu")
@@ -152,6 +147,7 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
         qk_norm=architecture == "Qwen3ForCausalLM",
         sliding_windows=_sliding_windows(architecture, values, num_layers),
         dtype=_dtype(config),
+        packing=read_packing(config),
         bos_token_id=None if bos is None else values.integer("bos_token_id", 0, MAX_TOKEN_ID),
         eos_token_ids=token_ids(values.get("eos_token_id")),
     )

@@ -81,17 +81,22 @@ class SafetensorsCheckpoint:
     def names(self) -> Collection[str]:
         return self._tensors.keys()
 
-    def tensor(self, name: str) -> TensorView:
+    def tensor(self, name: str, dtypes: Collection[str] = SUPPORTED) -> TensorView:
+        """One tensor, of one of `dtypes`; no other type is given out."""
         stored = self._tensors.get(name)
         if stored is None:
-            where = self._files[0].path if len(self._files) == 1 else os.path.dirname(self._files[0].path)
-            raise ModelLoadError(f"{where} holds no tensor {name!r}")
-        if stored.dtype not in SUPPORTED:
+            raise ModelLoadError(f"{self.path} holds no tensor {name!r}")
+        if stored.dtype not in dtypes:
             stored.file.fail(
                 f"holds tensor {name!r} of type {stored.dtype}, which is not supported; "
-                f"supported: {', '.join(sorted(SUPPORTED))}"
+                f"supported: {', '.join(sorted(dtypes))}"
             )
         return TensorView(name, stored.dtype, stored.shape, stored.file.view[stored.begin : stored.end])
+
+    @property
+    def path(self) -> str:
+        """The file, or the directory of several."""
+        return self._files[0].path if len(self._files) == 1 else os.path.dirname(self._files[0].path)
 
     def file_of(self, name: str) -> str:
         """Path of the file that holds a tensor."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["DType", "KVDType", "ModelSpec", "RopeScaling"]
+__all__ = ["DType", "KVDType", "ModelSpec", "RopeScaling", "WeightPacking"]
 
 DType = Literal["float32", "bfloat16", "float16"]
 KVDType = Literal["float32", "bfloat16", "float16", "int8", "fp8_e4m3"]
@@ -30,6 +30,17 @@ class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+
+
+class WeightPacking(msgspec.Struct, frozen=True, kw_only=True):
+    """How a checkpoint keeps quantized linears; those that it does not are in its plain type."""
+
+    method: Literal["awq", "gptq", "compressed-tensors"]
+    bits: int
+    group_size: int
+    """Input features that share a scale; -1: all of them do."""
+    zero_shift: int = 0
+    """What is to be added to stored zero points."""
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +73,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Per layer: how many of the newest positions a token sees, itself included; 0 is all of them."""
     dtype: DType | None
     """Type of the stored weights; None where they are quantized or the configuration does not say."""
+    packing: WeightPacking | None = None
+    """Of quantized safetensors. The weights beside them, such as embeddings, have `dtype`."""
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 

@@ -8,9 +8,31 @@ from typing import NamedTuple, NoReturn, Protocol
 
 from ..errors import ModelLoadError
 
-__all__ = ["Checkpoint", "MappedFile", "TensorView"]
+__all__ = ["Checkpoint", "Coding", "MappedFile", "TensorView"]
 
 _LFS_POINTER = b"version https://git-lfs"
+
+
+class Coding(NamedTuple):
+    """What stands beside the codes of a weight [N, K]: w[n, k] = (code[n, k] - zero[n, g]) * scale[n, g].
+
+    How words of 32 bits hold codes and zero points differs by `layout`; `_fast.cpu.Codes` draws them.
+    """
+
+    layout: str
+    """awq, gptq or compressed-tensors."""
+    bits: int
+    group: int
+    """Columns that share a scale: g = k // group."""
+    scale_dtype: str
+    """F16, BF16 or F32."""
+    scales: memoryview
+    zeros: memoryview | None
+    """None: 2**(bits - 1) everywhere."""
+    zero_shift: int
+    """Stored zero points are smaller by this, modulo 2**bits."""
+    group_index: memoryview | None
+    """g for every column as int32, where groups are not runs of columns."""
 
 
 class TensorView(NamedTuple):
@@ -18,11 +40,12 @@ class TensorView(NamedTuple):
 
     name: str
     dtype: str
-    """F32, F16, BF16 or F64, or a GGUF block type such as Q8_0, Q4_1 or Q6_K."""
+    """F32, F16, BF16 or F64; a GGUF block type such as Q8_0, Q4_1 or Q6_K; or CODES, with a `coding`."""
     shape: tuple[int, ...]
     """In elements and in Hugging Face order, so a linear layer is (out, in)."""
     data: memoryview
     """Read-only little-endian bytes, row after row. Rows of block types are whole blocks."""
+    coding: Coding | None = None
 
 
 class Checkpoint(Protocol):

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from ..checkpoint.gguf import GGUFFile
+from ..checkpoint.packed import PackedCheckpoint
 from ..checkpoint.safetensors import open_safetensors
 from ..checkpoint.spec import ModelSpec
 from ..checkpoint.tensor import Checkpoint, TensorView
@@ -41,7 +42,7 @@ def check_weights(model: Decoder, checkpoint: Checkpoint) -> dict[str, int]:
     Raises ModelLoadError for missing, unexpected or wrongly shaped tensors.
     """
     sources = {source.name: source for parameter in model.parameters() for source in sources_of(parameter)}
-    _check_names(set(sources), checkpoint.names(), model.spec)
+    _check_names(set(sources), _without_zero_biases(checkpoint, model.spec, sources), model.spec)
     if _HEAD not in sources and _HEAD in checkpoint.names():
         # Some tools save a tied head too. As everywhere, the tie wins; but it must be the same matrix.
         _check_shape(checkpoint.tensor(_HEAD), model.embed.source._replace(name=_HEAD))
@@ -88,6 +89,16 @@ def _check_names(expected: set[str], present: Collection[str], spec: ModelSpec) 
         )
 
 
+def _without_zero_biases(
+    checkpoint: Checkpoint, spec: ModelSpec, expected: Collection[str]
+) -> Collection[str]:
+    """Its names. Tools have written a bias for every quantized linear, zeros where the model has none."""
+    if spec.packing is None:
+        return checkpoint.names()
+    biases = {name for name in checkpoint.names() if name.endswith(".bias") and name not in expected}
+    return [name for name in checkpoint.names() if name not in biases or any(checkpoint.tensor(name).data)]
+
+
 def _some(names: set[str]) -> str:
     shown = ", ".join(sorted(names)[:_SHOWN])
     more = f", ... ({len(names)} in all)" if len(names) > _SHOWN else ""
@@ -107,7 +118,10 @@ def open_checkpoint(config: WorkerConfig, model: Decoder) -> Checkpoint:
     if config.load_format == "dummy":
         return DummyCheckpoint(model, config.seed)
     path = Path(config.weights)
-    return GGUFFile(path, arrays=False) if config.load_format == "gguf" else open_safetensors(path)
+    if config.load_format == "gguf":
+        return GGUFFile(path, arrays=False)
+    stored, packing = open_safetensors(path), config.spec.packing
+    return stored if packing is None else PackedCheckpoint(stored, packing)
 
 
 class DummyCheckpoint:

@@ -223,7 +223,7 @@ def test_biases_and_norms_are_those_of_the_transformers_model(model_type, flag):
         ({"model_type": "gpt2"}, ["model_type", "'gpt2'", "qwen3"]),
         ({"model_type": None}, ["model_type"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
-        ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq", "GGUF"]),
+        ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "fp8", "GGUF"]),
         ({"rope_scaling": {"type": "longrope", "factor": 2}}, ["rope_type", "longrope", "yarn"]),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 2]}}, ["mrope"]),
         ({"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, ["mrope_section"]),

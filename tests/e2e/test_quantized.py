@@ -4,9 +4,13 @@ import asyncio
 
 import psutil
 import pytest
+import torch
 
 from asyncengine import AsyncLLM, ConfigError
 
+from ..codes import LAYOUTS
+from ..worker.packed import Packed
+from ..worker.tiny import prompt, reference_logits
 from . import oracle
 from .prompts import PROMPTS
 
@@ -106,3 +110,39 @@ def test_gguf_codes_need_a_gguf_file(tmp_path):
     make_model("Llama").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="needs a GGUF file; other checkpoints take 'int8' or 'int4'"):
         asyncio.run(AsyncLLM.create(tmp_path, skip_tokenizer_init=True, quantization="gguf"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_quantized_checkpoint(tmp_path, layout):
+    """As stored; dequantized under a dtype; and the other formats are told apart."""
+    packed = Packed("Llama", layout, 64, hidden_size=128, intermediate_size=384)
+    packed.save(tmp_path)
+    ids = prompt(30)
+
+    async def run(**engine):
+        engine |= dict(skip_tokenizer_init=True, max_model_len=64)
+        async with await AsyncLLM.create(tmp_path, **engine) as llm:
+            output = await llm.generate(ids, max_tokens=8, temperature=0, ignore_eos=True, logprobs=0)
+            weights = next(stage.bytes for stage in llm.startup.stages if stage.name == "load")
+            return output.outputs[0], weights
+
+    errors, weights = {}, {}
+    for name, engine in {
+        "stored": {},
+        "named": {"dtype": "float32", "quantization": layout},
+        "plain": {"dtype": "float32"},
+    }.items():
+        completion, weights[name] = asyncio.run(run(**engine))
+        exact = torch.from_numpy(reference_logits(packed.model, ids + completion.token_ids))
+        exact = torch.log_softmax(exact, dim=-1)[len(ids) - 1 :]
+        found = [completion.logprobs[i][token].logprob for i, token in enumerate(completion.token_ids)]
+        expected = [exact[i, token].item() for i, token in enumerate(completion.token_ids)]
+        errors[name] = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+    assert errors["plain"] < 2e-3
+    assert max(errors["stored"], errors["named"]) < 0.4
+    assert weights["stored"] < 0.3 * weights["plain"]
+    with pytest.raises(ConfigError, match="needs a GGUF file"):
+        asyncio.run(run(quantization="gguf"))
+    other = "awq" if layout == "gptq" else "gptq"
+    with pytest.raises(ConfigError, match=f"needs a checkpoint quantized with {other}"):
+        asyncio.run(run(quantization=other))

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 import torch
 
+from asyncengine.checkpoint.spec import WeightPacking
 from asyncengine.errors import ConfigError, ModelLoadError
 from asyncengine.worker.cuda.graphs import graph_sizes
 from asyncengine.worker.runner import Runner
@@ -38,6 +39,13 @@ def test_what_is_not_supported_is_refused(parameter, fields, instead):
     with pytest.raises(ConfigError, match=instead) as caught:
         configure(**fields)
     assert caught.value.parameter == parameter
+
+
+def test_quantized_checkpoints_are_refused():
+    packing = WeightPacking(method="awq", bits=4, group_size=128)
+    with pytest.raises(ConfigError, match=r"awq checkpoints are not supported.*device='cpu'") as caught:
+        configure(msgspec.structs.replace(make_spec("default"), packing=packing))
+    assert caught.value.parameter == "device"
 
 
 @pytest.mark.parametrize("head_dim", [33, 320])

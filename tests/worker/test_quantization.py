@@ -28,15 +28,15 @@ def rounded_to_8_bits(x, group, scale_type=np.float32):
     return (codes * scale).reshape(len(x), -1)[:, : x.shape[1]]
 
 
-def with_rounded_inputs(model, group):
-    """The model, made to round the inputs of its linears as the engine does."""
+def with_rounded_inputs(model, group, names=None):
+    """The model, made to round the inputs of its linears, or those of `names`, as the engine does."""
 
     def round_input(module, inputs):
         flat = inputs[0].reshape(-1, inputs[0].shape[-1])
         return torch.from_numpy(rounded_to_8_bits(flat.numpy(), group)).reshape(inputs[0].shape)
 
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and (names is None or name in names):
             module.register_forward_pre_hook(round_input)
     return model
 

@@ -380,6 +380,13 @@ def _check_config(config: WorkerConfig) -> None:
             parameter="quantization",
             value=config.quantization,
         )
+    if spec.packing is not None and config.load_format != "dummy":
+        raise ConfigError(
+            f"{spec.packing.method} checkpoints are not supported on device 'cuda'; use device='cpu', or the"
+            " model's unquantized weights",
+            parameter="device",
+            value=config.device,
+        )
     if config.kv_dtype not in (config.dtype, "fp8_e4m3"):
         raise ConfigError(
             f"kv_cache_dtype={config.kv_dtype!r} is not supported on device 'cuda' with dtype"

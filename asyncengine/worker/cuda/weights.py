@@ -145,9 +145,8 @@ class _Staging:
 
     def move(self, target: torch.Tensor, source: Source, view: TensorView, dtype: DType) -> None:
         """Converts this rank's part of `view` and sends it to `target`, flat."""
-        stored, data, width, columns = stored_part(source, view)
+        part = stored_part(source, view)
         rows, own = _own_shape(source)
-        row_bytes = len(data) // rows
         step = STAGING_BYTES // (own * target.itemsize)
         if step == 0:
             raise ValueError(f"a row of {source.name} is wider than the staging buffer")
@@ -158,14 +157,15 @@ class _Staging:
             staged = self._buffers[turn].view(target.dtype)[: count * own]
             convert(
                 self._team,
-                stored,
-                data[first * row_bytes : (first + count) * row_bytes],
+                part.dtype,
+                part.data,
                 count,
-                width,
+                part.width,
                 staged.data_ptr(),
                 PLAIN[dtype].dtype,
-                col_start=columns.start,
-                col_stop=columns.stop,
+                row_start=part.row_start + first,
+                col_start=part.columns.start,
+                col_stop=part.columns.stop,
             )
             target[first * own : (first + count) * own].copy_(staged, non_blocking=True)
             self._copied[turn] = self._device.mark()

@@ -1,16 +1,17 @@
 """Weights as the CPU kernels read them: linears packed, all in one mapping with large pages."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from asyncengine._fast.cpu import PANEL, Buffer, Team, convert, pack_linear, packed_bytes
+from asyncengine._fast.cpu import PANEL, Buffer, Codes, Team, convert, pack_linear, packed_bytes
 
 from ...checkpoint.spec import DType
-from ...checkpoint.tensor import Checkpoint, TensorView
+from ...checkpoint.tensor import Checkpoint, Coding, TensorView
 from ..models.parameters import Embedding, Linear, Parameter, Source, Vector
 from .cpu import Packed
-from .weight_format import WeightFormat, choose_format
+from .weight_format import WeightFormat, choose_formats
 
 __all__ = ["CpuWeights", "stored_part"]
 
@@ -32,11 +33,8 @@ class CpuWeights:
         quantization: str | None,
     ) -> None:
         self._team = team
-        self._formats = {
-            p: choose_format(p, quantization, dtype, lambda name: checkpoint.tensor(name).dtype)
-            for p in parameters
-            if not isinstance(p, Vector)
-        }
+        weights = [p for p in parameters if not isinstance(p, Vector)]
+        self._formats = choose_formats(weights, quantization, dtype, checkpoint.tensor)
         self.group = next((format.group for format in self._formats.values() if format.group), 0)
         """Group size of quantized rows; all quantized weights of a model have the same. 0: there are none."""
         heads = {p.sources: p for p in parameters if isinstance(p, Linear) and p.is_head}
@@ -100,20 +98,21 @@ class CpuWeights:
     ) -> None:
         row = 0
         for index, source in enumerate(sources):
-            stored, data, width, columns = stored_part(source, tensor(source.name))
+            part = stored_part(source, tensor(source.name))
             pack_linear(
                 self._team,
-                stored,
-                data,
+                part.dtype,
+                part.data,
                 len(source.rows),
-                width,
+                part.width,
                 target,
                 format.dtype,
                 0 if is_gated else row,
                 group=format.group,
                 minimum=format.minimum,
-                col_start=columns.start,
-                col_stop=columns.stop,
+                row_start=part.row_start,
+                col_start=part.columns.start,
+                col_stop=part.columns.stop,
                 panel_stride=2 if is_gated else 1,
                 panel_offset=index if is_gated else 0,
             )
@@ -136,17 +135,18 @@ class CpuWeights:
         placed.reshape(-1, 2, PANEL)[:] = values.swapaxes(0, 1)
 
     def _convert(self, tensor: Callable[[str], TensorView], source: Source, target: int, dtype: str) -> None:
-        stored, data, width, columns = stored_part(source, tensor(source.name))
+        part = stored_part(source, tensor(source.name))
         convert(
             self._team,
-            stored,
-            data,
+            part.dtype,
+            part.data,
             len(source.rows) if len(source.shape) == 2 else 1,
-            width,
+            part.width,
             target,
             dtype,
-            col_start=columns.start,
-            col_stop=columns.stop,
+            row_start=part.row_start,
+            col_start=part.columns.start,
+            col_stop=part.columns.stop,
         )
 
     def _in_panels(self, parameter: Embedding | Linear) -> bool:
@@ -193,12 +193,37 @@ def _readable(view: TensorView) -> TensorView:
     return view._replace(dtype="F32", data=values.view(np.uint8).data)
 
 
-def stored_part(source: Source, stored: TensorView) -> tuple[str, memoryview, int, range]:
-    """Type, bytes and width of the stored rows that this rank takes, and its columns of them."""
+class StoredPart(NamedTuple):
+    """What of a stored tensor a rank takes, as `pack_linear` and `convert` read it."""
+
+    dtype: str
+    data: memoryview | Codes
+    """All of the tensor."""
+    width: int
+    row_start: int
+    columns: range
+
+
+def stored_part(source: Source, stored: TensorView) -> StoredPart:
     view = _readable(stored)
     if len(source.shape) == 1:  # one row, of which a rank takes columns
-        return view.dtype, view.data, source.shape[0], source.rows
+        return StoredPart(view.dtype, view.data, source.shape[0], 0, source.rows)
     height, width = source.shape
-    row_bytes = len(view.data) // height
-    data = view.data[source.rows.start * row_bytes : source.rows.stop * row_bytes]
-    return view.dtype, data, width, source.columns or range(width)
+    data = view.data if view.coding is None else _codes(height, width, view.data, view.coding)
+    return StoredPart(view.dtype, data, width, source.rows.start, source.columns or range(width))
+
+
+def _codes(rows: int, columns: int, data: memoryview, coding: Coding) -> Codes:
+    return Codes(
+        coding.layout,
+        coding.bits,
+        rows,
+        columns,
+        coding.group,
+        data,
+        coding.scale_dtype,
+        coding.scales,
+        coding.zeros,
+        coding.zero_shift,
+        coding.group_index,
+    )

@@ -1,17 +1,21 @@
 """How the CPU holds each weight: in a plain type, or as 8-bit or 4-bit codes in groups."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from asyncengine._fast.cpu import WHOLE, source_format
 
 from ...checkpoint.spec import DType
-from ..models.parameters import Embedding, Linear
+from ...checkpoint.tensor import TensorView
+from ...errors import ConfigError, ModelLoadError
+from ..models.parameters import Embedding, Linear, Source
 
-__all__ = ["WeightFormat", "choose_format"]
+__all__ = ["WeightFormat", "choose_formats"]
 
 STORED_GROUP = 32
 """Block size of GGUF's types, or that of their parts."""
+LARGEST_GROUP = 128
 
 
 class WeightFormat(NamedTuple):
@@ -35,25 +39,75 @@ FORMATS = {"int8": WeightFormat("Q8", WHOLE), "int4": WeightFormat("Q4", 32, Tru
 many close tokens costs more than their memory."""
 
 
-def choose_format(
-    weight: Linear | Embedding, quantization: str | None, dtype: DType, stored_type: Callable[[str], str]
-) -> WeightFormat:
-    """`quantization`: None (plain), int8, int4, or gguf (codes as they are stored)."""
+def choose_formats(
+    weights: Iterable[Linear | Embedding],
+    quantization: str | None,
+    dtype: DType,
+    stored: Callable[[str], TensorView],
+) -> dict[Linear | Embedding, WeightFormat]:
+    """`quantization`: None (plain), int8, int4, or the file's format (codes as they are stored). All groups
+    have one size, that of the quantized activations.
+
+    Raises ConfigError where a rank's columns cut through groups, ModelLoadError where codes cannot stay.
+    """
     if quantization is None:
-        return PLAIN[dtype]
-    sources = weight.sources if isinstance(weight, Linear) else (weight.source,)
-    if quantization == "gguf":
-        return _stored(stored_type(source.name) for source in sources) or PLAIN[dtype]
+        return dict.fromkeys(weights, PLAIN[dtype])
+    if quantization in FORMATS:
+        return {weight: _made(weight, quantization) for weight in weights}
+    formats = {weight: _kept([(s, stored(s.name)) for s in _sources(weight)], dtype) for weight in weights}
+    group = math.gcd(*(format.group for format in formats.values()))
+    return {w: format._replace(group=group) if format.group else format for w, format in formats.items()}
+
+
+def _sources(weight: Linear | Embedding) -> tuple[Source, ...]:
+    return weight.sources if isinstance(weight, Linear) else (weight.source,)
+
+
+def _made(weight: Linear | Embedding, quantization: str) -> WeightFormat:
     if isinstance(weight, Embedding) or weight.is_head:
         return FORMATS["int8"]._replace(group=FORMATS[quantization].group)
     return FORMATS[quantization]
 
 
-def _stored(types: Iterable[str]) -> WeightFormat | None:
-    """The narrowest format that keeps the codes of all `types`; None where one of them has none."""
-    codes = [source_format(type_) for type_ in types]
-    known = [code for code in codes if code is not None]
-    if len(known) < len(codes):
-        return None
-    bits = max(bits for bits, _ in known)
-    return WeightFormat(f"Q{bits}", STORED_GROUP, any(minimum for _, minimum in known))
+def _kept(stored: list[tuple[Source, TensorView]], dtype: DType) -> WeightFormat:
+    """The narrowest format that keeps the codes of all sources; plain where one of them has none."""
+    known = []
+    for source, view in stored:
+        format = _coded(source, view) if view.coding is not None else _block(view.dtype)
+        if format is None:
+            return PLAIN[dtype]
+        known.append(format)
+    bits, minimum, group = (
+        max(f[0] for f in known),
+        any(f[1] for f in known),
+        math.gcd(*(f[2] for f in known)),
+    )
+    return WeightFormat(f"Q{bits}", group, minimum)
+
+
+def _block(stored_type: str) -> tuple[int, bool, int] | None:
+    format = source_format(stored_type)
+    return None if format is None else (*format, STORED_GROUP)
+
+
+def _coded(source: Source, view: TensorView) -> tuple[int, bool, int]:
+    """Bits, whether there are zero points, and the largest group that the stored ones are a multiple of."""
+    assert view.coding is not None
+    bits, width, group = view.coding.bits, source.shape[1], view.coding.group
+    if view.coding.group_index is not None:
+        raise ModelLoadError(
+            f"{source.name} has groups of input features that are no neighbours (desc_act), which is not"
+            " supported while codes stay as they are stored; set dtype='bfloat16' or quantization='int8' to"
+            " have all weights converted, or take a checkpoint made with desc_act=false"
+        )
+    part = math.gcd(LARGEST_GROUP, 0 if group >= width else group)
+    if source.columns is not None and group < width:
+        part = math.gcd(part, source.columns.start, source.columns.stop)
+        if part < STORED_GROUP:
+            raise ConfigError(
+                f"tensor_parallel_size gives a rank {len(source.columns)} of the {width} input features of"
+                f" {source.name}, which are in groups of {group}: it must be a multiple of {STORED_GROUP};"
+                " use fewer ranks, or set dtype='bfloat16' to have the weights dequantized",
+                parameter="tensor_parallel_size",
+            )
+    return bits, view.coding.zeros is not None, part
