@@ -119,6 +119,10 @@ void ae_barrier(const ae_thread *thread);
  * At most one such loop between two barriers: each barrier resets the counter. */
 int64_t ae_next(const ae_thread *thread, int64_t total, int64_t chunk);
 
+/* Takes the next of `total` pieces of the share of thread `owner`: its index, or -1 if all are taken. So threads
+ * that have done their shares help others. At most one such loop between two barriers. */
+int64_t ae_take(const ae_thread *thread, int owner, int64_t total);
+
 /* An even static share [*lo, *hi) of [0, total), in multiples of grain. */
 static inline void ae_share(const ae_thread *t, int64_t total, int64_t grain, int64_t *lo, int64_t *hi) {
     int64_t units = (total + grain - 1) / grain;

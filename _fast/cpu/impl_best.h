@@ -44,7 +44,7 @@ static int best_insert(ae_best *b, uint64_t word, int k) {
 }
 
 /* Takes x [n], whose ids start at `id`, into the k best of x / divisor. -inf does not enter; the first NaN or
- * +inf makes the row unusable. Ids must come in ascending order. */
+ * +inf makes the row unusable. */
 static void best_take(ae_best *b, const float *x, int64_t n, int64_t id, int k, float divisor) {
     if (b->count < 0) return;
     vf bound = vf_set(b->bound);
@@ -61,10 +61,9 @@ static void best_take(ae_best *b, const float *x, int64_t n, int64_t id, int k, 
                 return;
             }
             if (y == -INFINITY || !best_insert(b, word_of(y, id + j), k) || b->count < k) continue;
-            /* What comes now must be greater than the least y. With a division in between, x that give a
+            /* What comes now must not be less than the least y. With a division in between, x that give a
              * greater y than it are all at least its product, rounded or not. */
-            const float least = word_value(b->words[k - 1]);
-            b->bound = divisor == 1.0f ? nextafterf(least, INFINITY) : least * divisor;
+            b->bound = word_value(b->words[k - 1]) * divisor;
         }
         bound = vf_set(b->bound);
     }

@@ -10,7 +10,7 @@ static inline int head_k(const ae_step *step, int64_t s) {
 }
 
 static void k_head(const ae_op *op, const ae_step *step, const ae_thread *thread) {
-    const linear l = linear_of(op, step);
+    linear l = linear_of(op, step);
     cut c = begin_linear(op, &l, step, thread);
     ae_best *all = op->p[4], *own = all + thread->tid * l.m;
     float *y = linear_tile(thread);
@@ -19,7 +19,6 @@ static void k_head(const ae_op *op, const ae_step *step, const ae_thread *thread
         best_clear(&own[s]);
         reduced |= head_k(step, s);
     }
-    /* Items come to a thread in ascending order, and so do a row's ids. */
     for (item it; next_item(&it, &l, &c, thread);) {
         const int64_t first = it.panel * AE_PANEL, width = it.panels * AE_PANEL;
         const int64_t columns = l.n - first < width ? l.n - first : width;

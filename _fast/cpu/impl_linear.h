@@ -21,6 +21,10 @@
 #define GROUP_PANELS 4
 /* Outputs of an item of a small batch: they stay in the L1 cache until they are finished. */
 #define TILE_FLOATS 8192
+/* Items of a thread's share of a small batch: others can help with so many. Of fewer rows it is one if it fits:
+ * their time is that of memory, and weights are fetched for their thread. */
+#define SHARE_CHUNKS 6
+#define HELPED_ROWS 16
 
 static linear linear_of(const ae_op *op, const ae_step *step) {
     linear l = {.x = op->p[1],
@@ -38,24 +42,36 @@ static linear linear_of(const ae_op *op, const ae_step *step) {
 }
 
 /* How a call is cut. The panels of a small batch (linear.h) are shared out evenly: so a thread knows which
- * ones it will read, and can fetch them in time. Of a large batch item i is row group i / chunks, panel chunk
- * i % chunks, and goes to whoever is free. */
+ * ones it will read, and can fetch them in time; who is done with his helps others. Of a large batch item i is
+ * row group i / chunks, panel chunk i % chunks, and goes to whoever is free. */
 typedef struct cut {
-    int64_t panel, stop; /* what is left of this thread's panels of a small batch */
+    int64_t units, unit; /* panels of a small batch come in so many units of so many panels */
+    int owner, done;     /* whose share is worked on, and how many shares are done */
     int64_t group_rows, chunk_panels, chunks, items;
 } cut;
 
+/* Panels of a thread's share of a small batch. */
+typedef struct share {
+    int64_t panel, stop;
+} share;
+
+static share share_of(const linear *l, const cut *c, int owner, const ae_thread *thread) {
+    const share s = {c->units * owner / thread->nthreads * c->unit,
+                     c->units * (owner + 1) / thread->nthreads * c->unit};
+    return s.stop > l->panels ? (share){s.panel, l->panels} : s;
+}
+
 /* `unit`: panels that must not be parted. An item's outputs fit `linear_tile`. */
 static cut cut_linear(const linear *l, int64_t unit, const ae_thread *thread) {
-    cut c = {.group_rows = l->m};
     const int64_t units = (l->panels + unit - 1) / unit;
+    cut c = {.group_rows = l->m, .units = units, .unit = unit, .owner = thread->tid};
     int64_t chunk; /* in units */
     if (is_small(l)) {
         const int64_t most = TILE_FLOATS / (AE_PANEL * unit * l->m);
-        c.panel = units * thread->tid / thread->nthreads * unit;
-        c.stop = units * (thread->tid + 1) / thread->nthreads * unit;
-        if (c.stop > l->panels) c.stop = l->panels;
-        chunk = most < 1 ? 1 : most < units ? most : units;
+        const int64_t items = (l->m < HELPED_ROWS ? 1 : SHARE_CHUNKS) * thread->nthreads;
+        chunk = (units + items - 1) / items;
+        if (chunk > most) chunk = most;
+        if (chunk < 1) chunk = 1;
     } else {
         const int64_t groups = (l->m + GROUP_ROWS - 1) / GROUP_ROWS;
         c.group_rows = (l->m + groups - 1) / groups;
@@ -76,10 +92,15 @@ typedef struct item {
 AE_INLINE int next_item(item *it, const linear *l, cut *c, const ae_thread *thread) {
     int64_t stop = l->panels;
     if (is_small(l)) {
-        if (c->panel >= c->stop) return 0;
-        *it = (item){.rows = l->m, .panel = c->panel};
-        c->panel += c->chunk_panels;
-        stop = c->stop;
+        for (int64_t i = -1; i < 0; c->done++, c->owner = c->owner + 1 < thread->nthreads ? c->owner + 1 : 0) {
+            if (c->done == thread->nthreads) return 0;
+            const share s = share_of(l, c, c->owner, thread);
+            i = ae_take(thread, c->owner, (s.stop - s.panel + c->chunk_panels - 1) / c->chunk_panels);
+            if (i < 0) continue;
+            *it = (item){.rows = l->m, .panel = s.panel + i * c->chunk_panels};
+            stop = s.stop;
+            break;
+        }
     } else {
         const int64_t i = ae_next(thread, c->items, 1);
         if (i < 0) return 0;
@@ -100,22 +121,27 @@ static int64_t unit_of(const ae_op *op) {
 static int64_t panel_bytes_of(const linear *l) { return ae_panel_bytes(l->k, l->type, l->group, l->minimum); }
 
 /* This thread's panels of a small batch. */
-static ae_region share_of(const linear *l, const cut *c) {
-    return ae_region_of(l->weight + c->panel * panel_bytes_of(l), (c->stop - c->panel) * panel_bytes_of(l));
+static ae_region own_region(const linear *l, const cut *c, const ae_thread *thread) {
+    const share s = share_of(l, c, thread->tid, thread);
+    return ae_region_of(l->weight + s.panel * panel_bytes_of(l), (s.stop - s.panel) * panel_bytes_of(l));
 }
 
-/* Cuts the call, and has its weights and those of the next one fetched. */
-static cut begin_linear(const ae_op *op, const linear *l, const ae_step *step, const ae_thread *thread) {
+/* Cuts the call, has its weights and those of the next one fetched, and its rows prepared. */
+static cut begin_linear(const ae_op *op, linear *l, const ae_step *step, const ae_thread *thread) {
     const cut c = cut_linear(l, unit_of(op), thread);
-    if (!is_small(l) || c.panel == c.stop) return c;
-    ae_region next = {0};
-    if (thread->upcoming) {
-        const linear after = linear_of(thread->upcoming, step);
-        const cut cut_after = cut_linear(&after, unit_of(thread->upcoming), thread);
-        if (is_small(&after)) next = share_of(&after, &cut_after);
+    if (!is_small(l)) return c;
+    const share s = share_of(l, &c, thread->tid, thread);
+    if (s.panel < s.stop) {
+        ae_region next = {0};
+        if (thread->upcoming) {
+            const linear after = linear_of(thread->upcoming, step);
+            const cut cut_after = cut_linear(&after, unit_of(thread->upcoming), thread);
+            if (is_small(&after)) next = own_region(&after, &cut_after, thread);
+        }
+        const int64_t bytes = panel_bytes_of(l);
+        ae_fetch_begin(thread->fetch, l->weight + s.panel * bytes, (s.stop - s.panel) * bytes, next);
     }
-    const int64_t bytes = panel_bytes_of(l);
-    ae_fetch_begin(thread->fetch, l->weight + c.panel * bytes, (c.stop - c.panel) * bytes, next);
+    if (ae_is_quantized(l) && l->group != AE_WHOLE) prepare_quantized(l, thread);
     return c;
 }
 
@@ -193,7 +219,7 @@ static void linear_gated(const ae_op *op, const linear *l, cut c, const ae_threa
 }
 
 static void k_linear(const ae_op *op, const ae_step *step, const ae_thread *thread) {
-    const linear l = linear_of(op, step);
+    linear l = linear_of(op, step);
     const cut c = begin_linear(op, &l, step, thread);
     if (op->n[6] == AE_GATED)
         linear_gated(op, &l, c, thread);
@@ -205,3 +231,5 @@ static void k_linear(const ae_op *op, const ae_step *step, const ae_thread *thre
 
 #undef GROUP_PANELS
 #undef TILE_FLOATS
+#undef SHARE_CHUNKS
+#undef HELPED_ROWS

@@ -223,9 +223,8 @@ static int_tile tile_at(const int_chunk *c, int64_t block, const int_row *prepar
                       .resume = block > 0};
 }
 
-/* Panel by panel: from front to back, as they are fetched. */
+/* Panel by panel: from front to back, as they are fetched. All blocks are prepared. */
 static void by_panels(const int_chunk *c) {
-    for (int64_t b = 0; b < c->blocks; b++) prepare_block(c, b, c->prepared + b * c->rows);
     for (int64_t p = 0; p < c->panels; p++)
         for (int64_t b = 0; b < c->blocks; b++)
             int_piece(tile_at(c, b, c->prepared + b * c->rows, p), c->rows, c->l->type == AE_Q4);
@@ -248,14 +247,28 @@ static void by_blocks(const int_chunk *c) {
     }
 }
 
+static int64_t blocks_of(const linear *l) {
+    const int64_t most = BLOCK_COLUMNS / l->group;
+    return (ae_groups(l->k, l->group) + most - 1) / most;
+}
+
+/* Prepares all blocks of a small batch's rows, if they fit: for all chunks of the call. */
+static void prepare_quantized(linear *l, const ae_thread *thread) {
+    int_chunk c = {.l = l, .x = (const int8_t *)l->x, .rows = l->m, .blocks = blocks_of(l),
+                   .row_bytes = ae_row8_bytes(l->k, l->group)};
+    if (c.rows * c.blocks > MAX_PREPARED) return;
+    int_row *prepared = thread->scratch;
+    for (int64_t b = 0; b < c.blocks; b++) prepare_block(&c, b, prepared + b * c.rows);
+    l->prepared = prepared;
+}
+
 /* See impl_linear.h. */
 static void quantized_chunk(const linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels,
                             float *out, int64_t stride, int64_t columns, const ae_thread *thread) {
-    const int64_t most = BLOCK_COLUMNS / l->group;
     int_chunk c = {.l = l,
                    .prepared = thread->scratch,
                    .panels = panels,
-                   .blocks = (ae_groups(l->k, l->group) + most - 1) / most,
+                   .blocks = blocks_of(l),
                    .row_bytes = ae_row8_bytes(l->k, l->group),
                    .panel_bytes = ae_panel_bytes(l->k, l->type, l->group, l->minimum),
                    .group_bytes = ae_group_bytes(l->type, l->group, l->minimum),
@@ -267,7 +280,7 @@ static void quantized_chunk(const linear *l, int64_t row, int64_t rows, int64_t 
         c.rows = rows - done < MAX_PREPARED ? rows - done : MAX_PREPARED;
         c.x = (const int8_t *)l->x + (row + done) * c.row_bytes;
         c.out = out + done * stride;
-        if (is_small(l) && c.rows * c.blocks <= MAX_PREPARED)
+        if (l->prepared)
             by_panels(&c);
         else
             by_blocks(&c);

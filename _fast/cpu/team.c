@@ -15,6 +15,8 @@
 typedef struct member {
     ae_thread view;
     pthread_t pthread;
+    /* Of ae_take: the meeting's generation, then, in 32 bits, what is taken since. */
+    _Alignas(64) atomic_ullong taken;
 } member;
 
 struct ae_team {
@@ -44,6 +46,19 @@ void ae_barrier(const ae_thread *thread) {
 
 int64_t ae_next(const ae_thread *thread, int64_t total, int64_t chunk) {
     int64_t i = atomic_fetch_add_explicit(&thread->team->next, chunk, memory_order_relaxed);
+    return i < total ? i : -1;
+}
+
+int64_t ae_take(const ae_thread *thread, int owner, int64_t total) {
+    atomic_ullong *taken = &thread->team->members[owner].taken;
+    const unsigned long long now =
+        (unsigned long long)atomic_load_explicit(&thread->team->meeting.generation, memory_order_relaxed) << 32;
+    unsigned long long was = atomic_load_explicit(taken, memory_order_relaxed);
+    while (was >> 32 != now >> 32)
+        if (atomic_compare_exchange_weak_explicit(taken, &was, now + 1, memory_order_relaxed, memory_order_relaxed))
+            return total > 0 ? 0 : -1;
+    if ((int64_t)(was - now) >= total) return -1;
+    const int64_t i = (int64_t)(atomic_fetch_add_explicit(taken, 1, memory_order_relaxed) - now);
     return i < total ? i : -1;
 }
 
