@@ -10,6 +10,9 @@
  */
 #pragma once
 #include "cpu.h"
+#if defined(AE_LEVEL_AMX)
+#include "impl_amx.h"
+#endif
 #include "impl_elementwise.h"
 #include "impl_gemm.h"
 #include "linear.h"
@@ -165,6 +168,10 @@ static void linear_item(const linear *l, const item *it, float *out, int64_t str
         whole_chunk(l, it->row, it->rows, it->panel, it->panels, out, stride, columns, thread);
     else if (ae_is_quantized(l))
         quantized_chunk(l, it->row, it->rows, it->panel, it->panels, out, stride, columns, thread);
+#if defined(AE_LEVEL_AMX)
+    else if (l->type == AE_BF16)
+        tiled_chunk(l, it->row, it->rows, it->panel, it->panels, out, stride, columns, thread);
+#endif
     else
         float_chunk(l, it->row, it->rows, it->panel, it->panels, out, stride, columns, thread);
     if (l->bias) add_bias(out, stride, it->rows, columns, l->bias + it->panel * AE_PANEL);

@@ -3,6 +3,9 @@
 #pragma once
 #include "peak.h"
 #include "simd_int.h"
+#if defined(AE_LEVEL_AMX)
+#include "amx.h"
+#endif
 
 #if defined(AE_LEVEL_AVX512)
 #define PEAK_A 4
@@ -48,7 +51,31 @@ static double peak_f32(int64_t repeats) {
 #undef STEP
 }
 
-#if defined(AE_LEVEL_AVX512BF16)
+#if defined(AE_LEVEL_AMX)
+/* Two tiles by two, as linears have them. */
+static double peak_bf16(int64_t repeats) {
+    uint16_t ones[TILE_ROWS_MAX * TILE_ROW_BYTES / 2] __attribute__((aligned(64)));
+    tile_config config = {.palette = 1};
+    EACH(i, TILE_ROWS_MAX * TILE_ROW_BYTES / 2) ones[i] = 0x3F80;
+    EACH(i, 8) {
+        config.rows[i] = TILE_ROWS_MAX;
+        config.row_bytes[i] = TILE_ROW_BYTES;
+    }
+    TILE_CONFIGURE(&config);
+    TILE_LOAD(4, ones, TILE_ROW_BYTES);
+    TILE_LOAD(5, ones, TILE_ROW_BYTES);
+    TILE_LOAD(6, ones, TILE_ROW_BYTES);
+    TILE_LOAD(7, ones, TILE_ROW_BYTES);
+    for (int64_t r = 0; r < repeats; r++) {
+        TILE_DOT_BF16(0, 4, 6);
+        TILE_DOT_BF16(1, 4, 7);
+        TILE_DOT_BF16(2, 5, 6);
+        TILE_DOT_BF16(3, 5, 7);
+    }
+    TILE_RELEASE();
+    return (double)repeats * 4 * (2 * TILE_ROWS_MAX * (TILE_ROW_BYTES / 4) * (TILE_ROW_BYTES / 2));
+}
+#elif defined(AE_LEVEL_AVX512BF16)
 static double peak_bf16(int64_t repeats) {
 #define STEP(sum, a, b) _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
     PEAK_LOOP(vf, vi, vi, vf_zero(), vi_set(0x3F003F00), vi_set(0x3F803F80), STEP) * (4 * W);

@@ -1,5 +1,8 @@
 #include "program.h"
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -45,6 +48,24 @@ static int has_avxvnni(void) {
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 
+/* Tiles, their products of bf16 and of 8 bits (CPUID leaf 7, EDX), and an operating system that keeps them
+ * (XCR0: their sizes and their contents). Linux gives the contents, state 18, only to processes that ask; all
+ * threads of this one may use them then. */
+static int has_amx(void) {
+#if defined(AE_AMX_MODEL)
+    return 1;
+#elif defined(AE_HAS_AMX)
+    const unsigned features = 1u << 22 | 1u << 24 | 1u << 25, states = 3u << 17;
+    const long request_permission = 0x1023; /* ARCH_REQ_XCOMP_PERM, which older headers lack */
+    unsigned a, b, c, d, low, high;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & features) != features) return 0;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low & states) == states && syscall(SYS_arch_prctl, request_permission, 18L) == 0;
+#else
+    return 0;
+#endif
+}
+
 int ae_supports_level(enum ae_level level) {
     __builtin_cpu_init();
     /* F16C is older than AVX2: no processor has the latter alone. */
@@ -59,6 +80,7 @@ int ae_supports_level(enum ae_level level) {
         case AE_AVX512: return avx512;
         case AE_AVX512VNNI: return avx512vnni;
         case AE_AVX512BF16: return avx512vnni && __builtin_cpu_supports("avx512bf16");
+        case AE_AMX: return avx512vnni && has_amx();
         default: return 0;
     }
 }
@@ -68,6 +90,9 @@ int ae_supports_level(enum ae_level level) { return level == AE_PORTABLE; }
 
 const ae_kernels *ae_kernels_for(enum ae_level level) {
     switch (level) {
+#if defined(AE_HAS_AMX)
+        case AE_AMX: return &ae_kernels_amx;
+#endif
 #if defined(__x86_64__)
         case AE_AVX512BF16: return &ae_kernels_avx512bf16;
         case AE_AVX512VNNI: return &ae_kernels_avx512vnni;

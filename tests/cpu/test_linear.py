@@ -5,7 +5,7 @@ import pytest
 
 from asyncengine._fast import cpu
 
-from .one_op import LEVELS, TYPES, narrowed, run, team, widened
+from .one_op import LEVELS, ROUNDING, TYPES, narrowed, run, team, widened
 from .test_quantized import FORMATS, Rows, Weight, quantized
 
 PANEL = 32
@@ -39,7 +39,7 @@ def guarded(m: int, n: int) -> np.ndarray:
 
 def multiplied(x: np.ndarray, level: str, dtype: str) -> np.ndarray:
     """What is multiplied, in float64: instructions for bf16 take both sides in it."""
-    return widened(narrowed(x, dtype)) if level == "avx512bf16" and dtype == "bf16" else widened(x)
+    return widened(narrowed(x, dtype)) if level in ROUNDING and dtype == "bf16" else widened(x)
 
 
 @pytest.mark.parametrize("level", LEVELS)
