@@ -7,7 +7,7 @@
 #include "amx.h"
 #endif
 
-#if defined(AE_LEVEL_AVX512)
+#if defined(AE_LEVEL_AVX512) || defined(AE_LEVEL_NEON)
 #define PEAK_A 4
 #define PEAK_B 4
 #else
@@ -75,10 +75,10 @@ static double peak_bf16(int64_t repeats) {
     TILE_RELEASE();
     return (double)repeats * 4 * (2 * TILE_ROWS_MAX * (TILE_ROW_BYTES / 4) * (TILE_ROW_BYTES / 2));
 }
-#elif defined(AE_LEVEL_AVX512BF16)
+#elif defined(BF16_DOT)
 static double peak_bf16(int64_t repeats) {
-#define STEP(sum, a, b) _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
-    PEAK_LOOP(vf, vi, vi, vf_zero(), vi_set(0x3F003F00), vi_set(0x3F803F80), STEP) * (4 * W);
+#define STEP(sum, a, b) bf16_dot(sum, a, b)
+    PEAK_LOOP(vf, bf16_pair, vi, vf_zero(), bf16_pair_of(0x3F003F00), vi_set(0x3F803F80), STEP) * (4 * W);
 #undef STEP
 }
 #else

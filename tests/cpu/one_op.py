@@ -11,7 +11,7 @@ from asyncengine._fast import cpu
 LEVELS = cpu.levels()
 ARRAYS = ["token_ids", "positions", "token_row", "query_start", "context_len", "row_slot", "sample_rows"]
 # Levels whose instructions for bf16 take both sides in it.
-ROUNDING = ["avx512bf16", "amx"]
+ROUNDING = ["avx512bf16", "amx", "neonbf16"]
 TYPES = {"f32": cpu.F32, "bf16": cpu.BF16, "f16": cpu.F16}
 
 
