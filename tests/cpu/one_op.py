@@ -45,6 +45,15 @@ def run(
     program.run(step)
 
 
+def quantized_linear(level: str, rows: Any, weight: Any, m: int, threads: int = 1) -> np.ndarray:
+    """`rows.bytes` times `weight.bytes`, [m, weight.n]; `weight.sizes()` are the sizes of LINEAR."""
+    out = np.full((m + 1, weight.n), np.nan, np.float32)
+    p = [out, rows.bytes, weight.bytes, None]
+    run(team(level, threads), cpu.LINEAR, p, weight.sizes(), num_tokens=m)
+    assert np.isnan(out[m]).all(), "wrote past the output"
+    return out[:m]
+
+
 def _address(a: np.ndarray | int | None) -> int:
     if isinstance(a, np.ndarray):
         assert a.flags.c_contiguous
