@@ -25,20 +25,9 @@ static void k_embed(const ae_op *op, const ae_step *step, const ae_thread *threa
     }
 }
 
-/* 1 / x for 1 <= x, within 2 ulp, or less than 2^-125 where it is less than that; NaN stays NaN. */
-AE_INLINE vf reciprocal(vf x) {
-#if defined(AE_LEVEL_AVX512)
-    x = vf_min(vf_set(0x1p125f), x); /* in this order */
-    const vf guess = _mm512_rcp14_ps(x); /* one step of Newton's is cheaper than a division */
-    return vf_fma(guess, _mm512_fnmadd_ps(x, guess, vf_set(1)), guess);
-#else
-    return vf_div(vf_set(1), x);
-#endif
-}
-
 AE_INLINE vf silu_mul(vf gate, vf up) {
     const vf x = vf_add(vf_set(1.0f), vf_exp(vf_sub(vf_zero(), gate)));
-    return vf_mul(vf_mul(gate, reciprocal(x)), up);
+    return vf_mul(vf_mul(gate, vf_reciprocal(x)), up);
 }
 
 static void k_select(const ae_op *op, const ae_step *step, const ae_thread *thread) {

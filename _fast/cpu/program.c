@@ -1,12 +1,9 @@
 #include "program.h"
 
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #if defined(__x86_64__)
 #include <cpuid.h>
-#elif defined(__aarch64__) && defined(__APPLE__)
-#include <sys/sysctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #elif defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
@@ -89,20 +86,10 @@ int ae_supports_level(enum ae_level level) {
     }
 }
 #elif defined(__aarch64__)
-#if defined(__APPLE__)
-static int has(const char *name) {
-    int value = 0;
-    size_t size = sizeof value;
-    return sysctlbyname(name, &value, &size, NULL, 0) == 0 && value;
-}
-#define HAS_DOTPROD has("hw.optional.arm.FEAT_DotProd")
-#define HAS_I8MM has("hw.optional.arm.FEAT_I8MM")
-#define HAS_BF16 has("hw.optional.arm.FEAT_BF16")
-#else /* bits that older headers have no names for */
+/* Bits that older headers have no names for. */
 #define HAS_DOTPROD (getauxval(AT_HWCAP) >> 20 & 1)
 #define HAS_I8MM (getauxval(AT_HWCAP2) >> 13 & 1)
 #define HAS_BF16 (getauxval(AT_HWCAP2) >> 14 & 1)
-#endif
 
 int ae_supports_level(enum ae_level level) {
     switch (level) {

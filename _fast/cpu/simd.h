@@ -36,10 +36,15 @@ AE_INLINE void vf_store_n(float *p, vf x, int n) { _mm512_mask_storeu_ps(p, MASK
 AE_INLINE vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
 AE_INLINE vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 AE_INLINE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
-AE_INLINE vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
 AE_INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 AE_INLINE vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 AE_INLINE vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
+/* 1 / x for x >= 1, within 2 ulp; where that is below 2^-125 it is that instead. NaN stays NaN. */
+AE_INLINE vf vf_reciprocal(vf x) {
+    x = vf_min(vf_set(0x1p125f), x); /* in this order */
+    const vf guess = _mm512_rcp14_ps(x); /* one step of Newton's is cheaper than a division */
+    return vf_fma(guess, _mm512_fnmadd_ps(x, guess, vf_set(1)), guess);
+}
 AE_INLINE vf vf_round(vf a) {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -131,10 +136,10 @@ AE_INLINE void vf_store_n(float *p, vf x, int n) { _mm256_maskstore_ps(p, vf_lan
 AE_INLINE vf vf_add(vf a, vf b) { return _mm256_add_ps(a, b); }
 AE_INLINE vf vf_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
 AE_INLINE vf vf_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
-AE_INLINE vf vf_div(vf a, vf b) { return _mm256_div_ps(a, b); }
 AE_INLINE vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 AE_INLINE vf vf_max(vf a, vf b) { return _mm256_max_ps(a, b); }
 AE_INLINE vf vf_min(vf a, vf b) { return _mm256_min_ps(a, b); }
+AE_INLINE vf vf_reciprocal(vf x) { return _mm256_div_ps(vf_set(1), x); }
 AE_INLINE vf vf_round(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 /* a * 2^n for integral |n| <= 250, in two factors so that subnormal results are reached exactly. */
@@ -254,10 +259,10 @@ AE_INLINE void vf_store_n(float *p, vf x, int n) {
 AE_INLINE vf vf_add(vf a, vf b) { return a + b; }
 AE_INLINE vf vf_sub(vf a, vf b) { return a - b; }
 AE_INLINE vf vf_mul(vf a, vf b) { return a * b; }
-AE_INLINE vf vf_div(vf a, vf b) { return a / b; }
 AE_INLINE vf vf_select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 AE_INLINE vf vf_max(vf a, vf b) { return vf_select(a > b, a, b); }
 AE_INLINE vf vf_min(vf a, vf b) { return vf_select(a < b, a, b); }
+AE_INLINE vf vf_reciprocal(vf x) { return 1 / x; }
 AE_INLINE vf vf_scale2(vf a, vf n) {
     vi e = __builtin_convertvector(n, vi), half = e >> 1, rest = e - half;
     return a * (vf)((half + 127) << 23) * (vf)((rest + 127) << 23);
