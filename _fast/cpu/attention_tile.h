@@ -175,12 +175,15 @@ AE_INLINE void accumulate_block(int lines, int type, attention_scratch *s, const
         to = s->to[line + r] < to ? s->to[line + r] : to;
     }
     if (from >= to) {
-        for (int r = 0; r < lines; r++) one(s, a, line + r, s->from[line + r], s->to[line + r]);
+        for (int r = 0; r < lines; r++)
+            if (s->from[line + r] < s->to[line + r]) one(s, a, line + r, s->from[line + r], s->to[line + r]);
         return;
     }
-    for (int r = 0; r < lines; r++) one(s, a, line + r, s->from[line + r], from);
+    for (int r = 0; r < lines; r++)
+        if (s->from[line + r] < from) one(s, a, line + r, s->from[line + r], from);
     accumulate(lines, type, s, a, line, from, to);
-    for (int r = 0; r < lines; r++) one(s, a, line + r, to, s->to[line + r]);
+    for (int r = 0; r < lines; r++)
+        if (to < s->to[line + r]) one(s, a, line + r, to, s->to[line + r]);
 }
 
 /* A register block of lines; a function of its own, so that it has all registers to itself. */
@@ -200,7 +203,7 @@ typedef struct block_kernel {
 #define BLOCKS(name, type)                                                                                   \
     NOINLINE accumulate_one_##name(attention_scratch *s, const attention *a, int64_t line, int64_t from,     \
                                    int64_t to) {                                                             \
-        if (from < to) accumulate(1, type, s, a, line, from, to);                                            \
+        accumulate(1, type, s, a, line, from, to);                                                           \
     }                                                                                                        \
     BLOCK(name, type, 1)                                                                                     \
     BLOCK(name, type, 2)                                                                                     \
