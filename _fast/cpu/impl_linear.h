@@ -12,6 +12,7 @@
 #include "cpu.h"
 #if defined(AE_LEVEL_AMX)
 #include "impl_amx.h"
+#include "impl_amx_whole.h"
 #endif
 #include "impl_elementwise.h"
 #include "impl_gemm.h"
@@ -161,19 +162,23 @@ static void add_bias(float *out, int64_t stride, int64_t rows, int64_t columns, 
         }
 }
 
+typedef void (*chunk_fn)(const linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels, float *out,
+                         int64_t stride, int64_t columns, const ae_thread *thread);
+
+static chunk_fn chunk_of(const linear *l, int64_t rows) {
+#if defined(AE_LEVEL_AMX)
+    if (l->type == AE_BF16) return tiled_chunk;
+    if (l->group == AE_WHOLE && rows > VNNI_ROWS) return tiled_whole_chunk;
+#endif
+    (void)rows;
+    if (l->group == AE_WHOLE) return whole_chunk;
+    return ae_is_quantized(l) ? quantized_chunk : float_chunk;
+}
+
 /* The item's x @ weight.T + bias, its first `columns` columns. */
 static void linear_item(const linear *l, const item *it, float *out, int64_t stride, int64_t columns,
                         const ae_thread *thread) {
-    if (l->group == AE_WHOLE)
-        whole_chunk(l, it->row, it->rows, it->panel, it->panels, out, stride, columns, thread);
-    else if (ae_is_quantized(l))
-        quantized_chunk(l, it->row, it->rows, it->panel, it->panels, out, stride, columns, thread);
-#if defined(AE_LEVEL_AMX)
-    else if (l->type == AE_BF16)
-        tiled_chunk(l, it->row, it->rows, it->panel, it->panels, out, stride, columns, thread);
-#endif
-    else
-        float_chunk(l, it->row, it->rows, it->panel, it->panels, out, stride, columns, thread);
+    chunk_of(l, it->rows)(l, it->row, it->rows, it->panel, it->panels, out, stride, columns, thread);
     if (l->bias) add_bias(out, stride, it->rows, columns, l->bias + it->panel * AE_PANEL);
 }
 

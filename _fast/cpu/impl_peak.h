@@ -52,29 +52,30 @@ static double peak_f32(int64_t repeats) {
 }
 
 #if defined(AE_LEVEL_AMX)
-/* Two tiles by two, as linears have them. */
-static double peak_bf16(int64_t repeats) {
-    uint16_t ones[TILE_ROWS_MAX * TILE_ROW_BYTES / 2] __attribute__((aligned(64)));
-    tile_config config = {.palette = 1};
-    EACH(i, TILE_ROWS_MAX * TILE_ROW_BYTES / 2) ones[i] = 0x3F80;
-    EACH(i, 8) {
-        config.rows[i] = TILE_ROWS_MAX;
-        config.row_bytes[i] = TILE_ROW_BYTES;
-    }
-    TILE_CONFIGURE(&config);
-    TILE_LOAD(4, ones, TILE_ROW_BYTES);
-    TILE_LOAD(5, ones, TILE_ROW_BYTES);
-    TILE_LOAD(6, ones, TILE_ROW_BYTES);
-    TILE_LOAD(7, ones, TILE_ROW_BYTES);
-    for (int64_t r = 0; r < repeats; r++) {
-        TILE_DOT_BF16(0, 4, 6);
-        TILE_DOT_BF16(1, 4, 7);
-        TILE_DOT_BF16(2, 5, 6);
-        TILE_DOT_BF16(3, 5, 7);
-    }
-    TILE_RELEASE();
-    return (double)repeats * 4 * (2 * TILE_ROWS_MAX * (TILE_ROW_BYTES / 4) * (TILE_ROW_BYTES / 2));
-}
+/* Two tiles by two, as linears have them; PER_LANE: elements in 32 bits of an operand. */
+#define PEAK_TILES(DOT, PER_LANE)                                                \
+    tile_config config = {.palette = 1};                                         \
+    uint16_t ones[TILE_ROWS_MAX * TILE_ROW_BYTES / 2];                           \
+    for (int i = 0; i < TILE_ROWS_MAX * TILE_ROW_BYTES / 2; i++) ones[i] = 0x3F80; \
+    for (int i = 0; i < 8; i++) {                                                \
+        config.rows[i] = TILE_ROWS_MAX;                                          \
+        config.row_bytes[i] = TILE_ROW_BYTES;                                    \
+    }                                                                            \
+    TILE_CONFIGURE(&config);                                                     \
+    TILE_LOAD(4, ones, TILE_ROW_BYTES);                                          \
+    TILE_LOAD(5, ones, TILE_ROW_BYTES);                                          \
+    TILE_LOAD(6, ones, TILE_ROW_BYTES);                                          \
+    TILE_LOAD(7, ones, TILE_ROW_BYTES);                                          \
+    for (int64_t r = 0; r < repeats; r++) {                                      \
+        DOT(0, 4, 6);                                                            \
+        DOT(1, 4, 7);                                                            \
+        DOT(2, 5, 6);                                                            \
+        DOT(3, 5, 7);                                                            \
+    }                                                                            \
+    TILE_RELEASE();                                                              \
+    return (double)repeats * 4 * (2 * TILE_ROWS_MAX * TILE_ROWS_MAX * (TILE_ROW_BYTES / 4) * PER_LANE)
+
+static double peak_bf16(int64_t repeats) { PEAK_TILES(TILE_DOT_BF16, 2); }
 #elif defined(AE_LEVEL_AVX512BF16)
 static double peak_bf16(int64_t repeats) {
 #define STEP(sum, a, b) _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
@@ -86,12 +87,16 @@ static double peak_bf16(int64_t repeats) {
 static double peak_bf16(int64_t repeats) { return peak_f32(repeats); }
 #endif
 
+#if defined(AE_LEVEL_AMX)
+static double peak_int8(int64_t repeats) { PEAK_TILES(TILE_DOT_INT8, 4); }
+#else
 static double peak_int8(int64_t repeats) {
 #define STEP(sum, a, b) dot(sum, a, b)
     PEAK_LOOP(vi, codes, signed4, vi_set(0), codes_of(vi_set(0x01020304)), signed4_set(0x01FF02FE), STEP) *
         (8 * W);
 #undef STEP
 }
+#endif
 
 static double peak_read(const ae_peak *peak, const ae_thread *thread) {
     int64_t lo, hi;
@@ -126,3 +131,4 @@ static void k_peak(const ae_peak *peak, const ae_thread *thread) {
 #undef PEAK_TOUCH
 #undef PEAK_KEEP
 #undef PEAK_LOOP
+#undef PEAK_TILES
