@@ -37,7 +37,8 @@ typedef struct amx_block {
 /* Tiles 0 to 3 are the sums: top left, top right, bottom left, bottom right; 4 and 5 are x, 6 and 7 weights.
  * `bottom`: there are rows for the bottom ones; `int8`: of bytes, not of bf16. */
 AE_INLINE void amx_multiply(const amx_block *t, const int bottom, const int int8) {
-    char *const right = (char *)t->sums + TILE_ROW_BYTES, *const below = (char *)t->sums + TILE_ROWS_MAX * t->sums_row;
+    char *const right = (char *)t->sums + TILE_ROW_BYTES;
+    char *const below = (char *)t->sums + TILE_ROWS_MAX * t->sums_row;
     if (t->resume) {
         TILE_LOAD(0, t->sums, t->sums_row);
         TILE_LOAD(1, right, t->sums_row);
