@@ -26,11 +26,11 @@ typedef struct amx_block {
     int64_t every; /* bytes of weights after which it is asked for more: other blocks read the same ones */
 } amx_block;
 
-#define DOT(c, a, b)             \
-    do {                         \
-        if (int8)                \
+#define DOT(c, a, b)                \
+    do {                            \
+        if (int8)                   \
             TILE_DOT_INT8(c, a, b); \
-        else                     \
+        else                        \
             TILE_DOT_BF16(c, a, b); \
     } while (0)
 
