@@ -76,7 +76,11 @@ I8 = AE_I8
 
 OPERATION_BYTES = sizeof(ae_op)
 
-_LEVELS = ("portable", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx")
+_LEVELS = (
+    "portable",
+    *("avx2", "avxvnni", "avx512", "avx512vnni", "avx512bf16", "amx"),
+    *("neon", "neondot", "neonbf16"),
+)
 _TYPES = {"F32": AE_F32, "BF16": AE_BF16, "F16": AE_F16}
 _WEIGHT_TYPES = {**_TYPES, "Q8": AE_Q8, "Q4": AE_Q4}
 

@@ -37,3 +37,11 @@ typedef struct tile_config {
 #define TILE_DOT_INT8(c, a, b) __asm__ volatile("tdpbsud %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
 
 #endif
+
+#define TILE_DOT(int8, c, a, b)     \
+    do {                            \
+        if (int8)                   \
+            TILE_DOT_INT8(c, a, b); \
+        else                        \
+            TILE_DOT_BF16(c, a, b); \
+    } while (0)

@@ -2,7 +2,12 @@
 #pragma once
 #include "attention_keys.h"
 
-#define VECTORS (W == 16 ? 4 : 2) /* with LINES lines these are the accumulators of a register block */
+/* With LINES lines these are the accumulators of a register block. */
+#if defined(AE_LEVEL_AVX512) || defined(AE_LEVEL_NEON)
+#define VECTORS 4
+#else
+#define VECTORS 2
+#endif
 #define LINES 6
 #define BATCH 48 /* lines whose scores are at hand at once */
 
@@ -46,8 +51,8 @@ AE_INLINE void score_at(int lines, int vectors, int type, attention_scratch *s, 
         vf column[VECTORS];                                                                    \
         for (int k = 0; k < vectors; k++) column[k] = part_as(type, word[k], part);            \
         for (int r = 0; r < lines; r++) {                                                      \
-            const vf q = vf_set(query[r][d + part]);                                           \
-            for (int k = 0; k < vectors; k++) sum[r][k] = vf_fma(q, column[k], sum[r][k]);     \
+            const vs q = vs_load(&query[r][d + part]);                                         \
+            for (int k = 0; k < vectors; k++) sum[r][k] = vs_fma(q, column[k], sum[r][k]);     \
         }                                                                                      \
     } while (0)
     vf word[VECTORS];
@@ -140,8 +145,8 @@ AE_INLINE void accumulate_at(int lines, int vectors, int type, attention_scratch
         vf v[VECTORS];
         for (int k = 0; k < vectors; k++) v[k] = load_as(type, value, k * W, n);
         for (int r = 0; r < lines; r++) {
-            const vf weight = vf_set(p[r * TILE_KEYS + i]);
-            for (int k = 0; k < vectors; k++) sum[r][k] = vf_fma(weight, v[k], sum[r][k]);
+            const vs weight = vs_load(&p[r * TILE_KEYS + i]);
+            for (int k = 0; k < vectors; k++) sum[r][k] = vs_fma(weight, v[k], sum[r][k]);
         }
     }
     for (int r = 0; r < lines; r++)

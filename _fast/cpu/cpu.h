@@ -135,8 +135,13 @@ static inline int64_t ae_rows_of(const ae_op *op, const ae_step *step) {
     return op->rows == AE_TOKENS ? step->num_tokens : step->num_samples;
 }
 
-/* Instruction-set levels, best last; one table of kernels each (kernels_<level>.c). */
-enum ae_level { AE_PORTABLE, AE_AVX2, AE_AVXVNNI, AE_AVX512, AE_AVX512VNNI, AE_AVX512BF16, AE_AMX };
+/* Instruction-set levels, of each architecture the best last; one table of kernels each
+ * (kernels_<level>.c). */
+enum ae_level {
+    AE_PORTABLE,
+    AE_AVX2, AE_AVXVNNI, AE_AVX512, AE_AVX512VNNI, AE_AVX512BF16, AE_AMX,
+    AE_NEON, AE_NEONDOT, AE_NEONBF16
+};
 
 /* Whether this machine can run a level: not every one below the best. */
 int ae_supports_level(enum ae_level level);

@@ -19,20 +19,12 @@ typedef struct amx_block {
     const char *w;         /* the panel at the first step */
     const char *last;      /* [STEP_BYTES] in place of the panel's at step `whole`, where it ends within one */
     int64_t steps, whole;
-    void *sums; /* [rows][AE_PANEL] float32 or int32 */
+    void *sums;       /* [rows][AE_PANEL] float32 or int32 */
     int64_t sums_row; /* bytes from a row of them to the next */
     int resume;       /* they continue from what is there */
     ae_fetch *fetch;
     int64_t every; /* bytes of weights after which it is asked for more: other blocks read the same ones */
 } amx_block;
-
-#define DOT(c, a, b)                \
-    do {                            \
-        if (int8)                   \
-            TILE_DOT_INT8(c, a, b); \
-        else                        \
-            TILE_DOT_BF16(c, a, b); \
-    } while (0)
 
 /* Tiles 0 to 3 are the sums: top left, top right, bottom left, bottom right; 4 and 5 are x, 6 and 7 weights.
  * `bottom`: there are rows for the bottom ones; `int8`: of bytes, not of bf16. */
@@ -66,16 +58,16 @@ AE_INLINE void amx_multiply(const amx_block *t, const int bottom, const int int8
         if (s == t->whole) w = t->last;
         TILE_LOAD(6, w, 2 * TILE_ROW_BYTES);
         TILE_LOAD(4, x, x_row);
-        DOT(0, 4, 6);
+        TILE_DOT(int8, 0, 4, 6);
         for (int i = 0; i < 4; i++) ae_fetch_part(&ahead);
         TILE_LOAD(7, w + TILE_ROW_BYTES, 2 * TILE_ROW_BYTES);
-        DOT(1, 4, 7);
+        TILE_DOT(int8, 1, 4, 7);
         if (bottom) {
             TILE_LOAD(5, x + TILE_ROWS_MAX * x_row, x_row);
-            DOT(2, 5, 6);
+            TILE_DOT(int8, 2, 5, 6);
         }
         for (int i = 0; i < 4; i++) ae_fetch_part(&ahead);
-        if (bottom) DOT(3, 5, 7);
+        if (bottom) TILE_DOT(int8, 3, 5, 7);
     }
     TILE_STORE(0, t->sums, t->sums_row);
     TILE_STORE(1, right, t->sums_row);
@@ -108,5 +100,3 @@ static void fill_last(char *last, const char *w, int64_t bytes) {
     memcpy(last, w, (size_t)bytes);
     memset(last + bytes, 0, (size_t)(STEP_BYTES - bytes));
 }
-
-#undef DOT

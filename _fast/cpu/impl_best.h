@@ -61,9 +61,9 @@ static void best_take(ae_best *b, const float *x, int64_t n, int64_t id, int k, 
                 return;
             }
             if (y == -INFINITY || !best_insert(b, word_of(y, id + j), k) || b->count < k) continue;
-            /* What comes now must not be less than the least y. With a division in between, x that give a
-             * greater y than it are all at least its product, rounded or not. */
-            b->bound = word_value(b->words[k - 1]) * divisor;
+            /* What comes now must not be less than the least y: its ids may be lower. x that give a greater y
+             * than the one below are all at least that one's product, rounded or not. */
+            b->bound = nextafterf(word_value(b->words[k - 1]), -INFINITY) * divisor;
         }
         bound = vf_set(b->bound);
     }

@@ -25,10 +25,9 @@ static void k_embed(const ae_op *op, const ae_step *step, const ae_thread *threa
     }
 }
 
-/* The division keeps the ends right: exp(-gate) may overflow to inf and gives 0, a NaN stays one. */
 AE_INLINE vf silu_mul(vf gate, vf up) {
-    vf denominator = vf_add(vf_set(1.0f), vf_exp(vf_sub(vf_zero(), gate)));
-    return vf_mul(vf_div(gate, denominator), up);
+    const vf x = vf_add(vf_set(1.0f), vf_exp(vf_sub(vf_zero(), gate)));
+    return vf_mul(vf_mul(gate, vf_reciprocal(x)), up);
 }
 
 static void k_select(const ae_op *op, const ae_step *step, const ae_thread *thread) {

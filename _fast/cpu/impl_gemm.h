@@ -5,9 +5,9 @@
  * threads: results are bitwise the same for a row alone and in a batch. (A sum that leaves the registers
  * between blocks of k is stored as float32, which is exact.)
  *
- * Level avx512bf16, bf16 weights: x is rounded to bf16 and the processor's dot product of pairs is used,
- * with its own rounding; elsewhere bf16 and f16 weights are widened and everything is float32. At level amx
- * bf16 weights do not come here (impl_amx.h).
+ * Levels avx512bf16 and neonbf16, bf16 weights: x is rounded to bf16 and the processor's dot product of pairs
+ * is used, with its own rounding; elsewhere bf16 and f16 weights are widened and everything is float32.
+ * At level amx bf16 weights do not come here (impl_amx.h).
  */
 #pragma once
 #include "cpu.h"
@@ -19,10 +19,17 @@
 /* Rows of the largest tile that fits the registers. */
 #if defined(AE_LEVEL_AVX512)
 #define MAX_ROWS 12
-#elif defined(AE_LEVEL_AVX2)
+#elif defined(AE_LEVEL_AVX2) || defined(AE_LEVEL_NEON)
 #define MAX_ROWS 3
 #else
 #define MAX_ROWS 2
+#endif
+
+/* Vectors of weights that are in registers at once, besides the sums. */
+#if defined(AE_LEVEL_NEON)
+#define HELD 1
+#else
+#define HELD PANEL_VECTORS
 #endif
 
 /* Blocks of k for batches of several tiles, which share a block of a panel in the L1 cache; in large batches
@@ -47,6 +54,7 @@ typedef struct tile {
 #define STRETCH 16
 
 #define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
+#define EACH_HELD(first) _Pragma("GCC unroll 16") for (int first = 0; first < vectors; first += HELD)
 
 AE_INLINE void tile_run(const tile *t, const int type, const int rows) {
     vf sum[MAX_ROWS][8];
@@ -63,7 +71,7 @@ AE_INLINE void tile_run(const tile *t, const int type, const int rows) {
     const int64_t xs = t->x_stride;
     const int stretch_bytes = STRETCH * AE_PANEL * (type == AE_F32 ? 4 : 2);
     int64_t unread = 0;
-#define X(m, k) vf_set(((const float *)(x + (m) * xs))[k])
+#define X(m, k) vs_load((const float *)(x + (m) * xs) + (k))
     for (int64_t k = 0; k < t->k;) {
         ae_ahead ahead = {0};
         for (unread -= stretch_bytes; unread < 0; unread += t->every) {
@@ -75,45 +83,51 @@ AE_INLINE void tile_run(const tile *t, const int type, const int rows) {
         const int64_t stop = k + STRETCH < t->k ? k + STRETCH : t->k;
         if (type == AE_F32 || type == AE_F16) {
             for (; k < stop; k++, w += AE_PANEL * (type == AE_F32 ? 4 : 2)) {
-                vf b[8];
-                EACH(v, vectors) b[v] = type == AE_F32 ? vf_load((const float *)w + v * W)
-                                                       : vf_load_f16((const uint16_t *)w + v * W);
-                EACH(m, rows) {
-                    vf a = X(m, k);
-                    EACH(v, vectors) sum[m][v] = vf_fma(a, b[v], sum[m][v]);
+                EACH_HELD(first) {
+                    vf b[HELD];
+                    EACH(i, HELD) b[i] = type == AE_F32 ? vf_load((const float *)w + (first + i) * W)
+                                                        : vf_load_f16((const uint16_t *)w + (first + i) * W);
+                    EACH(m, rows) {
+                        vs a = X(m, k);
+                        EACH(i, HELD) sum[m][first + i] = vs_fma(a, b[i], sum[m][first + i]);
+                    }
                 }
             }
             continue;
         }
-#if defined(AE_LEVEL_AVX512BF16)
+#if defined(BF16_DOT)
         for (; k < stop; k += 2, w += AE_PANEL * 4) {
-            vi b[8];
             if (rows > 1) ae_fetch_part(&ahead);
-            EACH(v, vectors) b[v] = vi_load((const uint32_t *)w + v * W);
-            EACH(m, rows) {
-                __m512bh a = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(x + m * xs + k * 2));
-                EACH(v, vectors) sum[m][v] = _mm512_dpbf16_ps(sum[m][v], a, (__m512bh)b[v]);
+            EACH_HELD(first) {
+                vi b[HELD];
+                EACH(i, HELD) b[i] = vi_load((const uint32_t *)w + (first + i) * W);
+                EACH(m, rows) {
+                    bf16_pair a = bf16_pair_of(*(const int32_t *)(x + m * xs + k * 2));
+                    EACH(i, HELD) sum[m][first + i] = bf16_dot(sum[m][first + i], a, b[i]);
+                }
             }
         }
 #else
         for (; k + 1 < stop; k += 2, w += AE_PANEL * 4) {
-            vf even[8], odd[8];
             if (rows > 1) ae_fetch_part(&ahead);
-            EACH(v, vectors) {
-                vi b = vi_load((const uint32_t *)w + v * W);
-                even[v] = vi_low_bf16(b);
-                odd[v] = vi_high_bf16(b);
-            }
-            EACH(m, rows) {
-                vf a = X(m, k), c = X(m, k + 1);
-                EACH(v, vectors) sum[m][v] = vf_fma(a, even[v], sum[m][v]);
-                EACH(v, vectors) sum[m][v] = vf_fma(c, odd[v], sum[m][v]);
+            EACH_HELD(first) {
+                vf even[HELD], odd[HELD];
+                EACH(i, HELD) {
+                    vi b = vi_load((const uint32_t *)w + (first + i) * W);
+                    even[i] = vi_low_bf16(b);
+                    odd[i] = vi_high_bf16(b);
+                }
+                EACH(m, rows) {
+                    vs a = X(m, k), c = X(m, k + 1);
+                    EACH(i, HELD) sum[m][first + i] = vs_fma(a, even[i], sum[m][first + i]);
+                    EACH(i, HELD) sum[m][first + i] = vs_fma(c, odd[i], sum[m][first + i]);
+                }
             }
         }
         if (k < stop) { /* an odd k ends so */
             EACH(v, vectors) {
                 vf b = vi_low_bf16(vi_load((const uint32_t *)w + v * W));
-                EACH(m, rows) sum[m][v] = vf_fma(X(m, k), b, sum[m][v]);
+                EACH(m, rows) sum[m][v] = vs_fma(X(m, k), b, sum[m][v]);
             }
             k++;
         }
@@ -161,7 +175,7 @@ static const tile_fn tiles_of[MAX_ROWS][3] = {
 #endif
 };
 
-#if defined(AE_LEVEL_AVX512BF16)
+#if defined(BF16_DOT)
 /* x [rows, k] as bf16, an odd k padded with a zero; `stride` in elements. */
 static void to_bf16(uint16_t *out, int64_t stride, const float *x, int64_t x_stride, int64_t rows,
                     int64_t k) {
@@ -218,7 +232,7 @@ static void float_chunk(const linear *l, int64_t row, int64_t rows, int64_t pane
     /* A small batch goes panel by panel: from front to back, as they are fetched. A large one goes block by
      * block of k, so that its x stays in the L2 cache. */
     int by_panels = is_small(l);
-#if defined(AE_LEVEL_AVX512BF16)
+#if defined(BF16_DOT)
     const int convert = l->type == AE_BF16;
     const int64_t pairs = (k + 1) & ~(int64_t)1;
     if (convert) {
@@ -242,7 +256,7 @@ static void float_chunk(const linear *l, int64_t row, int64_t rows, int64_t pane
     for (int64_t start = 0; start < k; start += most) {
         for (int64_t p = 0; p < panels; p++) {
             tile t = block_of(&all, l, start, most, p, x_bytes);
-#if defined(AE_LEVEL_AVX512BF16)
+#if defined(BF16_DOT)
             if (convert) {
                 t.x_stride = ((t.k + 1) & ~(int64_t)1) * 2;
                 t.x = thread->scratch;
@@ -268,5 +282,7 @@ static void float_chunk(const linear *l, int64_t row, int64_t rows, int64_t pane
 #undef LARGE_BLOCK_K
 #undef STRETCH
 #undef EACH
+#undef EACH_HELD
+#undef HELD
 #undef TILE
 #undef ENTRY

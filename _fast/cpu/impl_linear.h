@@ -50,7 +50,7 @@ static linear linear_of(const ae_op *op, const ae_step *step) {
  * row group i / chunks, panel chunk i % chunks, and goes to whoever is free. */
 typedef struct cut {
     int64_t units, unit; /* panels of a small batch come in so many units of so many panels */
-    int owner, done;     /* whose share is worked on, and how many shares are done */
+    int done;            /* shares of which all is taken: of this thread, of the next one, ... */
     int64_t group_rows, chunk_panels, chunks, items;
 } cut;
 
@@ -68,7 +68,7 @@ static share share_of(const linear *l, const cut *c, int owner, const ae_thread 
 /* `unit`: panels that must not be parted. An item's outputs fit `linear_tile`. */
 static cut cut_linear(const linear *l, int64_t unit, const ae_thread *thread) {
     const int64_t units = (l->panels + unit - 1) / unit;
-    cut c = {.group_rows = l->m, .units = units, .unit = unit, .owner = thread->tid};
+    cut c = {.group_rows = l->m, .units = units, .unit = unit};
     int64_t chunk; /* in units */
     if (is_small(l)) {
         const int64_t most = TILE_FLOATS / (AE_PANEL * unit * l->m);
@@ -96,15 +96,17 @@ typedef struct item {
 AE_INLINE int next_item(item *it, const linear *l, cut *c, const ae_thread *thread) {
     int64_t stop = l->panels;
     if (is_small(l)) {
-        for (int64_t i = -1; i < 0; c->done++, c->owner = c->owner + 1 < thread->nthreads ? c->owner + 1 : 0) {
+        share s;
+        int64_t i;
+        for (;; c->done++) {
             if (c->done == thread->nthreads) return 0;
-            const share s = share_of(l, c, c->owner, thread);
-            i = ae_take(thread, c->owner, (s.stop - s.panel + c->chunk_panels - 1) / c->chunk_panels);
-            if (i < 0) continue;
-            *it = (item){.rows = l->m, .panel = s.panel + i * c->chunk_panels};
-            stop = s.stop;
-            break;
+            const int owner = (thread->tid + c->done) % thread->nthreads;
+            s = share_of(l, c, owner, thread);
+            i = ae_take(thread, owner, (s.stop - s.panel + c->chunk_panels - 1) / c->chunk_panels);
+            if (i >= 0) break;
         }
+        *it = (item){.rows = l->m, .panel = s.panel + i * c->chunk_panels};
+        stop = s.stop;
     } else {
         const int64_t i = ae_next(thread, c->items, 1);
         if (i < 0) return 0;
@@ -165,20 +167,15 @@ static void add_bias(float *out, int64_t stride, int64_t rows, int64_t columns, 
 typedef void (*chunk_fn)(const linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels, float *out,
                          int64_t stride, int64_t columns, const ae_thread *thread);
 
-static chunk_fn chunk_of(const linear *l, int64_t rows) {
-#if defined(AE_LEVEL_AMX)
-    if (l->type == AE_BF16) return tiled_chunk;
-    if (l->group == AE_WHOLE && rows > VNNI_ROWS) return tiled_whole_chunk;
-#endif
-    (void)rows;
-    if (l->group == AE_WHOLE) return whole_chunk;
-    return ae_is_quantized(l) ? quantized_chunk : float_chunk;
-}
-
 /* The item's x @ weight.T + bias, its first `columns` columns. */
 static void linear_item(const linear *l, const item *it, float *out, int64_t stride, int64_t columns,
                         const ae_thread *thread) {
-    chunk_of(l, it->rows)(l, it->row, it->rows, it->panel, it->panels, out, stride, columns, thread);
+    chunk_fn chunk = l->group == AE_WHOLE ? whole_chunk : ae_is_quantized(l) ? quantized_chunk : float_chunk;
+#if defined(AE_LEVEL_AMX)
+    if (l->type == AE_BF16) chunk = tiled_chunk;
+    if (l->group == AE_WHOLE && it->rows > VNNI_ROWS) chunk = tiled_whole_chunk;
+#endif
+    chunk(l, it->row, it->rows, it->panel, it->panels, out, stride, columns, thread);
     if (l->bias) add_bias(out, stride, it->rows, columns, l->bias + it->panel * AE_PANEL);
 }
 

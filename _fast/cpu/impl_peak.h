@@ -4,10 +4,10 @@
 #include "peak.h"
 #include "simd_int.h"
 #if defined(AE_LEVEL_AMX)
-#include "amx.h"
+#include "impl_amx_block.h"
 #endif
 
-#if defined(AE_LEVEL_AVX512)
+#if defined(AE_LEVEL_AVX512) || defined(AE_LEVEL_NEON)
 #define PEAK_A 4
 #define PEAK_B 4
 #else
@@ -52,34 +52,31 @@ static double peak_f32(int64_t repeats) {
 }
 
 #if defined(AE_LEVEL_AMX)
-/* Two tiles by two, as linears have them; PER_LANE: elements in 32 bits of an operand. */
-#define PEAK_TILES(DOT, PER_LANE)                                                \
-    tile_config config = {.palette = 1};                                         \
-    uint16_t ones[TILE_ROWS_MAX * TILE_ROW_BYTES / 2];                           \
-    for (int i = 0; i < TILE_ROWS_MAX * TILE_ROW_BYTES / 2; i++) ones[i] = 0x3F80; \
-    for (int i = 0; i < 8; i++) {                                                \
-        config.rows[i] = TILE_ROWS_MAX;                                          \
-        config.row_bytes[i] = TILE_ROW_BYTES;                                    \
-    }                                                                            \
-    TILE_CONFIGURE(&config);                                                     \
-    TILE_LOAD(4, ones, TILE_ROW_BYTES);                                          \
-    TILE_LOAD(5, ones, TILE_ROW_BYTES);                                          \
-    TILE_LOAD(6, ones, TILE_ROW_BYTES);                                          \
-    TILE_LOAD(7, ones, TILE_ROW_BYTES);                                          \
-    for (int64_t r = 0; r < repeats; r++) {                                      \
-        DOT(0, 4, 6);                                                            \
-        DOT(1, 4, 7);                                                            \
-        DOT(2, 5, 6);                                                            \
-        DOT(3, 5, 7);                                                            \
-    }                                                                            \
-    TILE_RELEASE();                                                              \
-    return (double)repeats * 4 * (2 * TILE_ROWS_MAX * TILE_ROWS_MAX * (TILE_ROW_BYTES / 4) * PER_LANE)
+/* Two tiles by two, as linears have them. */
+AE_INLINE double peak_tiles(int64_t repeats, const int int8) {
+    uint16_t ones[TILE_ROWS_MAX * TILE_ROW_BYTES / 2] __attribute__((aligned(64)));
+    const int k = int8 ? TILE_ROW_BYTES : TILE_ROW_BYTES / 2;
+    EACH(i, TILE_ROWS_MAX * TILE_ROW_BYTES / 2) ones[i] = 0x3F80;
+    configure_tiles(BLOCK_ROWS);
+    TILE_LOAD(4, ones, TILE_ROW_BYTES);
+    TILE_LOAD(5, ones, TILE_ROW_BYTES);
+    TILE_LOAD(6, ones, TILE_ROW_BYTES);
+    TILE_LOAD(7, ones, TILE_ROW_BYTES);
+    for (int64_t r = 0; r < repeats; r++) {
+        TILE_DOT(int8, 0, 4, 6);
+        TILE_DOT(int8, 1, 4, 7);
+        TILE_DOT(int8, 2, 5, 6);
+        TILE_DOT(int8, 3, 5, 7);
+    }
+    TILE_RELEASE();
+    return (double)repeats * 4 * (2 * TILE_ROWS_MAX * (TILE_ROW_BYTES / 4) * k);
+}
 
-static double peak_bf16(int64_t repeats) { PEAK_TILES(TILE_DOT_BF16, 2); }
-#elif defined(AE_LEVEL_AVX512BF16)
+static double peak_bf16(int64_t repeats) { return peak_tiles(repeats, 0); }
+#elif defined(BF16_DOT)
 static double peak_bf16(int64_t repeats) {
-#define STEP(sum, a, b) _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
-    PEAK_LOOP(vf, vi, vi, vf_zero(), vi_set(0x3F003F00), vi_set(0x3F803F80), STEP) * (4 * W);
+#define STEP(sum, a, b) bf16_dot(sum, a, b)
+    PEAK_LOOP(vf, bf16_pair, vi, vf_zero(), bf16_pair_of(0x3F003F00), vi_set(0x3F803F80), STEP) * (4 * W);
 #undef STEP
 }
 #else
@@ -88,7 +85,7 @@ static double peak_bf16(int64_t repeats) { return peak_f32(repeats); }
 #endif
 
 #if defined(AE_LEVEL_AMX)
-static double peak_int8(int64_t repeats) { PEAK_TILES(TILE_DOT_INT8, 4); }
+static double peak_int8(int64_t repeats) { return peak_tiles(repeats, 1); }
 #else
 static double peak_int8(int64_t repeats) {
 #define STEP(sum, a, b) dot(sum, a, b)
@@ -131,4 +128,3 @@ static void k_peak(const ae_peak *peak, const ae_thread *thread) {
 #undef PEAK_TOUCH
 #undef PEAK_KEEP
 #undef PEAK_LOOP
-#undef PEAK_TILES

@@ -43,6 +43,20 @@ AE_INLINE int32_t codes_sum(vi a) {
     s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
     return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
 }
+#elif defined(AE_LEVEL_NEON)
+AE_INLINE vi peak_zero(void) { return (vi){0}; }
+AE_INLINE vi peak_max(vi peak, vf x) {
+    return (vi)vmaxq_s32((int32x4_t)peak, (int32x4_t)((vi)x & 0x7FFFFFFF));
+}
+AE_INLINE int32_t peak_of(vi peak) { return vmaxvq_s32((int32x4_t)peak); }
+AE_INLINE vi to_codes(vf x) { return (vi)vcvtnq_s32_f32(x); }
+AE_INLINE void store_codes(int8_t *q, vi codes) {
+    const int16x4_t words = vmovn_s32((int32x4_t)codes);
+    const int8x8_t bytes = vmovn_s16(vcombine_s16(words, words));
+    memcpy(q, &bytes, W);
+}
+AE_INLINE vi codes_add(vi a, vi b) { return a + b; }
+AE_INLINE int32_t codes_sum(vi a) { return vaddvq_s32((int32x4_t)a); }
 #else
 AE_INLINE vi peak_zero(void) { return (vi){0}; }
 AE_INLINE vi peak_max(vi peak, vf x) {

@@ -20,8 +20,17 @@
 #define TILE_ROWS 7
 #elif defined(AE_LEVEL_AVX512)
 #define TILE_ROWS 6
+#elif defined(AE_LEVEL_NEON)
+#define TILE_ROWS 3
 #else
 #define TILE_ROWS 2
+#endif
+
+/* Vectors of codes that are in registers at once, besides the sums. */
+#if defined(AE_LEVEL_NEON)
+#define HELD 1
+#else
+#define HELD PANEL_VECTORS
 #endif
 
 /* Of one row in a block, by group: where its sums start (INT_BIAS less what the weights' zero adds), its
@@ -46,6 +55,7 @@ typedef struct int_tile {
 } int_tile;
 
 #define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
+#define EACH_HELD(first) _Pragma("GCC unroll 16") for (int first = 0; first < PANEL_VECTORS; first += HELD)
 #define PANEL_VECTORS (AE_PANEL / W)
 /* Three rows share a base address, so that the addresses of all rows fit the registers. */
 #define X(m, k) signed4_set(*(const int32_t *)(x[(m) / 3] + (m) % 3 * stride + (k)))
@@ -81,27 +91,27 @@ AE_INLINE void int_run(const int_tile *t, const int bits, const int rows) {
         const char *line = w + header;
         for (int64_t left = t->group; left; left -= 32) {
             if (bits == 4) {
-                EACH(k, 4) {
-                    codes low[8], high[8];
-                    EACH(v, PANEL_VECTORS) {
-                        const vi both = CODES(v, k);
-                        low[v] = codes_of(vi_low_nibbles(both));
-                        high[v] = codes_of(vi_high_nibbles(both));
+                EACH(k, 4) EACH_HELD(first) {
+                    codes low[HELD], high[HELD];
+                    EACH(i, HELD) {
+                        const vi both = CODES(first + i, k);
+                        low[i] = codes_of_nibbles(vi_low_nibbles(both));
+                        high[i] = codes_of_nibbles(vi_high_nibbles(both));
                     }
                     EACH(m, rows) {
                         const signed4 a = X(m, 8 * k), b = X(m, 8 * k + 4);
-                        EACH(v, PANEL_VECTORS) sum[m][v] = dot(sum[m][v], low[v], a);
-                        EACH(v, PANEL_VECTORS) sum[m][v] = dot(sum[m][v], high[v], b);
+                        EACH(i, HELD) sum[m][first + i] = dot(sum[m][first + i], low[i], a);
+                        EACH(i, HELD) sum[m][first + i] = dot(sum[m][first + i], high[i], b);
                     }
                 }
                 line += 16 * AE_PANEL;
             } else {
-                EACH(k, 8) {
-                    codes both[8];
-                    EACH(v, PANEL_VECTORS) both[v] = codes_of(CODES(v, k));
+                EACH(k, 8) EACH_HELD(first) {
+                    codes both[HELD];
+                    EACH(i, HELD) both[i] = codes_of(CODES(first + i, k));
                     EACH(m, rows) {
                         const signed4 a = X(m, 4 * k);
-                        EACH(v, PANEL_VECTORS) sum[m][v] = dot(sum[m][v], both[v], a);
+                        EACH(i, HELD) sum[m][first + i] = dot(sum[m][first + i], both[i], a);
                     }
                 }
                 line += 32 * AE_PANEL;
@@ -141,8 +151,11 @@ typedef void (*int_fn)(const int_tile *);
 #define ENTRY(rows) {int_q8_##rows, int_q4_##rows}
 
 TILE(1) TILE(2)
+#if TILE_ROWS >= 3
+TILE(3)
+#endif
 #if TILE_ROWS >= 6
-TILE(3) TILE(4) TILE(5) TILE(6)
+TILE(4) TILE(5) TILE(6)
 #endif
 #if TILE_ROWS >= 7
 TILE(7)
@@ -151,8 +164,11 @@ TILE(7)
 /* By rows - 1; 8 and 4 bits. */
 static const int_fn int_tiles[TILE_ROWS][2] = {
     ENTRY(1), ENTRY(2),
+#if TILE_ROWS >= 3
+    ENTRY(3),
+#endif
 #if TILE_ROWS >= 6
-    ENTRY(3), ENTRY(4), ENTRY(5), ENTRY(6),
+    ENTRY(4), ENTRY(5), ENTRY(6),
 #endif
 #if TILE_ROWS >= 7
     ENTRY(7),
@@ -162,7 +178,7 @@ static const int_fn int_tiles[TILE_ROWS][2] = {
 static void prepare_row(int_row *out, const int8_t *row8, const linear *l, int64_t first, int64_t groups) {
     const float *scale = ae_row8_scales(row8, l->k, l->group) + first;
     const int32_t *sum = ae_row8_sums(row8, l->k, l->group) + first;
-    const int32_t zero = l->minimum ? 0 : l->type == AE_Q8 ? 128 : 8;
+    const int32_t zero = (l->minimum ? 0 : l->type == AE_Q8 ? 128 : 8) - (l->type == AE_Q8 ? CODES_ZERO : 0);
     for (int64_t g = 0; g < groups; g++) {
         out->start[g] = INT_BIAS - zero * sum[g];
         out->scale[g] = scale[g];
@@ -293,6 +309,8 @@ static void quantized_chunk(const linear *l, int64_t row, int64_t rows, int64_t 
 #undef TILE_ROWS
 #undef TILE
 #undef EACH
+#undef EACH_HELD
+#undef HELD
 #undef PANEL_VECTORS
 #undef X
 #undef CODES

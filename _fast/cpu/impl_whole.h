@@ -13,6 +13,9 @@
 #elif defined(AE_LEVEL_AVX512)
 #define TILE_ROWS 6
 #define PAIR_ROWS 0
+#elif defined(AE_LEVEL_NEON)
+#define TILE_ROWS 3
+#define PAIR_ROWS 0
 #else
 #define TILE_ROWS 2
 #define PAIR_ROWS 0
@@ -45,6 +48,14 @@ AE_INLINE void whole_store(float *out, vi sum, vf d, float scale, int64_t exist)
 }
 
 #define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
+/* Vectors of codes that are in registers at once, besides the sums: one, or all, and then there is no loop. */
+#if defined(AE_LEVEL_NEON)
+#define HELD 1
+#define EACH_HELD(first) EACH(first, vectors)
+#else
+#define HELD vectors
+#define EACH_HELD(first) enum { first };
+#endif
 #define PANEL_VECTORS (AE_PANEL / W)
 /* Three rows share a base address, so that the addresses of all rows fit the registers. */
 #define X(m, k) signed4_set(*(const int32_t *)(x[(m) / 3] + (m) % 3 * stride + (k)))
@@ -60,12 +71,16 @@ AE_INLINE void whole_run(const whole_call *t, const int rows, const int panels) 
     int64_t unread = 0;
     for (int64_t left = t->k; left; left -= 32) {
         EACH(k, 8) {
-            codes w[2 * PANEL_VECTORS];
-            EACH(v, vectors)
-                w[v] = codes_of(vi_fetch(AT(v, line) + (k * AE_PANEL + v % PANEL_VECTORS * W) * 4));
-            EACH(m, rows) {
-                const signed4 a = X(m, 4 * k);
-                EACH(v, vectors) sum[m][v] = dot(sum[m][v], w[v], a);
+            EACH_HELD(first) {
+                codes w[2 * PANEL_VECTORS];
+                EACH(i, HELD) {
+                    const int v = first + i;
+                    w[i] = codes_of(vi_fetch(AT(v, line) + (k * AE_PANEL + v % PANEL_VECTORS * W) * 4));
+                }
+                EACH(m, rows) {
+                    const signed4 a = X(m, 4 * k);
+                    EACH(i, HELD) sum[m][first + i] = dot(sum[m][first + i], w[i], a);
+                }
             }
         }
         line += 32 * AE_PANEL;
@@ -89,8 +104,11 @@ typedef void (*whole_fn)(const whole_call *);
     static void whole_pair_##rows(const whole_call *t) { whole_run(t, rows, 2); }
 
 TILE(1) TILE(2)
+#if TILE_ROWS >= 3
+TILE(3)
+#endif
 #if TILE_ROWS >= 6
-TILE(3) TILE(4) TILE(5) TILE(6)
+TILE(4) TILE(5) TILE(6)
 #endif
 #if TILE_ROWS >= 12
 TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
@@ -102,8 +120,11 @@ PAIR(1) PAIR(2) PAIR(3) PAIR(4) PAIR(5) PAIR(6)
 /* By rows - 1. */
 static const whole_fn whole_tiles[] = {
     whole_1, whole_2,
+#if TILE_ROWS >= 3
+    whole_3,
+#endif
 #if TILE_ROWS >= 6
-    whole_3, whole_4, whole_5, whole_6,
+    whole_4, whole_5, whole_6,
 #endif
 #if TILE_ROWS >= 12
     whole_7, whole_8, whole_9, whole_10, whole_11, whole_12,
@@ -145,7 +166,7 @@ static whole_call whole_begin(const linear *l, int64_t row, int64_t rows, int64_
                     .columns = columns};
     for (int64_t r = 0; r < rows; r++) {
         const int8_t *row8 = t.x + r * row_bytes;
-        prepared[r] = (whole_row){-128 * *ae_row8_sums(row8, l->k, AE_WHOLE),
+        prepared[r] = (whole_row){(CODES_ZERO - 128) * *ae_row8_sums(row8, l->k, AE_WHOLE),
                                   *ae_row8_scales(row8, l->k, AE_WHOLE)};
     }
     return t;
@@ -190,6 +211,8 @@ static void whole_chunk(const linear *l, int64_t row, int64_t rows, int64_t pane
 #undef TILE_ROWS
 #undef PAIR_ROWS
 #undef EACH
+#undef EACH_HELD
+#undef HELD
 #undef PANEL_VECTORS
 #undef X
 #undef AT

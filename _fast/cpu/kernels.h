@@ -26,6 +26,10 @@ extern const ae_kernels ae_kernels_avx512;
 extern const ae_kernels ae_kernels_avxvnni;
 extern const ae_kernels ae_kernels_avx512vnni;
 extern const ae_kernels ae_kernels_avx512bf16;
+#elif defined(__aarch64__)
+extern const ae_kernels ae_kernels_neon;
+extern const ae_kernels ae_kernels_neondot;
+extern const ae_kernels ae_kernels_neonbf16;
 #endif
 #if defined(AE_HAS_AMX)
 extern const ae_kernels ae_kernels_amx;

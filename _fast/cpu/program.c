@@ -1,10 +1,11 @@
 #include "program.h"
 
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 
 typedef struct replay {
@@ -84,6 +85,21 @@ int ae_supports_level(enum ae_level level) {
         default: return 0;
     }
 }
+#elif defined(__aarch64__)
+/* Bits that older headers have no names for. */
+#define HAS_DOTPROD (getauxval(AT_HWCAP) >> 20 & 1)
+#define HAS_I8MM (getauxval(AT_HWCAP2) >> 13 & 1)
+#define HAS_BF16 (getauxval(AT_HWCAP2) >> 14 & 1)
+
+int ae_supports_level(enum ae_level level) {
+    switch (level) {
+        case AE_PORTABLE:
+        case AE_NEON: return 1;
+        case AE_NEONDOT: return HAS_DOTPROD;
+        case AE_NEONBF16: return HAS_DOTPROD && HAS_I8MM && HAS_BF16;
+        default: return 0;
+    }
+}
 #else
 int ae_supports_level(enum ae_level level) { return level == AE_PORTABLE; }
 #endif
@@ -99,6 +115,10 @@ const ae_kernels *ae_kernels_for(enum ae_level level) {
         case AE_AVX512: return &ae_kernels_avx512;
         case AE_AVXVNNI: return &ae_kernels_avxvnni;
         case AE_AVX2: return &ae_kernels_avx2;
+#elif defined(__aarch64__)
+        case AE_NEONBF16: return &ae_kernels_neonbf16;
+        case AE_NEONDOT: return &ae_kernels_neondot;
+        case AE_NEON: return &ae_kernels_neon;
 #endif
         default: return &ae_kernels_portable;
     }

@@ -1,5 +1,8 @@
 /* A float32 vector `vf` of W lanes, for the level that the including file has chosen by defining one of
- * AE_LEVEL_AVX512, AE_LEVEL_AVX2 or neither (portable).
+ * AE_LEVEL_AVX512, AE_LEVEL_AVX2, AE_LEVEL_NEON or none (portable).
+ *
+ * `vs` is one number that multiplies all lanes: a vector of copies, unless the instructions take it as it is.
+ * Levels that define BF16_DOT have the processor's dot product of pairs of bf16, in every lane of 32 bits.
  *
  * vf_not_below(a, b) has bit i set where a[i] < b[i] does not hold, as for a NaN.
  *
@@ -33,10 +36,15 @@ AE_INLINE void vf_store_n(float *p, vf x, int n) { _mm512_mask_storeu_ps(p, MASK
 AE_INLINE vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
 AE_INLINE vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 AE_INLINE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
-AE_INLINE vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
 AE_INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 AE_INLINE vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 AE_INLINE vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
+/* 1 / x for x >= 1, within 2 ulp; where that is below 2^-125 it is that instead. NaN stays NaN. */
+AE_INLINE vf vf_reciprocal(vf x) {
+    x = vf_min(vf_set(0x1p125f), x); /* in this order */
+    const vf guess = _mm512_rcp14_ps(x); /* one step of Newton's is cheaper than a division */
+    return vf_fma(guess, _mm512_fnmadd_ps(x, guess, vf_set(1)), guess);
+}
 AE_INLINE vf vf_round(vf a) {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -128,10 +136,10 @@ AE_INLINE void vf_store_n(float *p, vf x, int n) { _mm256_maskstore_ps(p, vf_lan
 AE_INLINE vf vf_add(vf a, vf b) { return _mm256_add_ps(a, b); }
 AE_INLINE vf vf_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
 AE_INLINE vf vf_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
-AE_INLINE vf vf_div(vf a, vf b) { return _mm256_div_ps(a, b); }
 AE_INLINE vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 AE_INLINE vf vf_max(vf a, vf b) { return _mm256_max_ps(a, b); }
 AE_INLINE vf vf_min(vf a, vf b) { return _mm256_min_ps(a, b); }
+AE_INLINE vf vf_reciprocal(vf x) { return _mm256_div_ps(vf_set(1), x); }
 AE_INLINE vf vf_round(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 /* a * 2^n for integral |n| <= 250, in two factors so that subnormal results are reached exactly. */
@@ -221,7 +229,7 @@ AE_INLINE vf vf_hadamard(vf a) {
     return _mm256_fmadd_ps(a, _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1), _mm256_permute_ps(a, 0xB1));
 }
 
-#else /* portable: the compiler's vector extension, the width every 64-bit machine has */
+#else /* four lanes: the compiler's vector extension, the width every 64-bit machine has */
 
 #define W 4
 typedef float vf __attribute__((vector_size(16)));
@@ -236,29 +244,39 @@ AE_INLINE vf vf_load(const float *p) {
     memcpy(&x, p, sizeof x);
     return x;
 }
+AE_INLINE void vf_store(float *p, vf x) { memcpy(p, &x, sizeof x); }
+/* Most parts are whole; copying another one is a call. */
 AE_INLINE vf vf_load_n(const float *p, int n) {
     vf x = {0};
+    if (n == W) return vf_load(p);
     memcpy(&x, p, (size_t)n * 4);
     return x;
 }
-AE_INLINE void vf_store(float *p, vf x) { memcpy(p, &x, sizeof x); }
-AE_INLINE void vf_store_n(float *p, vf x, int n) { memcpy(p, &x, (size_t)n * 4); }
+AE_INLINE void vf_store_n(float *p, vf x, int n) {
+    if (n == W) vf_store(p, x);
+    else memcpy(p, &x, (size_t)n * 4);
+}
 AE_INLINE vf vf_add(vf a, vf b) { return a + b; }
 AE_INLINE vf vf_sub(vf a, vf b) { return a - b; }
 AE_INLINE vf vf_mul(vf a, vf b) { return a * b; }
-AE_INLINE vf vf_div(vf a, vf b) { return a / b; }
-AE_INLINE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
 AE_INLINE vf vf_select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 AE_INLINE vf vf_max(vf a, vf b) { return vf_select(a > b, a, b); }
 AE_INLINE vf vf_min(vf a, vf b) { return vf_select(a < b, a, b); }
+AE_INLINE vf vf_reciprocal(vf x) { return 1 / x; }
+AE_INLINE vf vf_scale2(vf a, vf n) {
+    vi e = __builtin_convertvector(n, vi), half = e >> 1, rest = e - half;
+    return a * (vf)((half + 127) << 23) * (vf)((rest + 127) << 23);
+}
+
+#if defined(AE_LEVEL_NEON)
+#include "simd_neon.h"
+#else
+AE_INLINE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
+AE_INLINE vf vf_from_bf16(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
 /* Right for |a| < 2^22: the sum has no room for a fraction. */
 AE_INLINE vf vf_round(vf a) {
     const vf magic = vf_set(12582912.0f);
     return (a + magic) - magic;
-}
-AE_INLINE vf vf_scale2(vf a, vf n) {
-    vi e = __builtin_convertvector(n, vi), half = e >> 1, rest = e - half;
-    return a * (vf)((half + 127) << 23) * (vf)((rest + 127) << 23);
 }
 AE_INLINE float vf_sum(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 AE_INLINE float vf_hmax(vf a) {
@@ -269,6 +287,23 @@ AE_INLINE unsigned vf_not_below(vf a, vf b) {
     vi bits = ~(a < b) & (vi){1, 2, 4, 8};
     return (unsigned)(bits[0] | bits[1] | bits[2] | bits[3]);
 }
+AE_INLINE vf vf_from_f16(vh h) {
+    vu bits = __builtin_convertvector(h, vu);
+    vu magnitude = (bits & 0x7FFFu) << 13, sign = (bits & 0x8000u) << 16;
+    vf finite = (vf)magnitude * vf_set(0x1p112f);
+    vf x = vf_select((vi)magnitude >= 0x0F800000, (vf)(magnitude | 0x7F800000u), finite);
+    return (vf)((vu)x | sign);
+}
+AE_INLINE vh vf_to_f16(vf x) {
+    return (vh){ae_f32_to_f16(x[0]), ae_f32_to_f16(x[1]), ae_f32_to_f16(x[2]), ae_f32_to_f16(x[3])};
+}
+AE_INLINE vf vf_from_i8(const int8_t *x) { return (vf){x[0], x[1], x[2], x[3]}; }
+/* a H, with Hadamard's matrix of W rows: lanes that differ in one bit become their sum and difference. */
+AE_INLINE vf vf_hadamard(vf a) {
+    const vf b = {a[0] + a[2], a[1] + a[3], a[0] - a[2], a[1] - a[3]};
+    return (vf){b[0] + b[1], b[0] - b[1], b[2] + b[3], b[2] - b[3]};
+}
+#endif
 
 AE_INLINE vi vi_load(const void *p) {
     vi x;
@@ -283,20 +318,9 @@ AE_INLINE vh vh_load_n(const uint16_t *p, int n) {
     memcpy(&x, p, (size_t)n * 2);
     return x;
 }
-AE_INLINE vf vf_from_bf16(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
 AE_INLINE vh vf_to_bf16(vf x) {
     vu u = (vu)x, high = u >> 16, rounded = (u + 0x7FFFu + (high & 1u)) >> 16;
     return __builtin_convertvector((vu)vf_select(x != x, (vf)(high | 0x40u), (vf)rounded), vh);
-}
-AE_INLINE vf vf_from_f16(vh h) {
-    vu bits = __builtin_convertvector(h, vu);
-    vu magnitude = (bits & 0x7FFFu) << 13, sign = (bits & 0x8000u) << 16;
-    vf finite = (vf)magnitude * vf_set(0x1p112f);
-    vf x = vf_select((vi)magnitude >= 0x0F800000, (vf)(magnitude | 0x7F800000u), finite);
-    return (vf)((vu)x | sign);
-}
-AE_INLINE vh vf_to_f16(vf x) {
-    return (vh){ae_f32_to_f16(x[0]), ae_f32_to_f16(x[1]), ae_f32_to_f16(x[2]), ae_f32_to_f16(x[3])};
 }
 AE_INLINE vf vf_load_bf16_n(const uint16_t *p, int n) { return vf_from_bf16(vh_load_n(p, n)); }
 AE_INLINE vf vf_load_bf16(const uint16_t *p) { return vf_load_bf16_n(p, W); }
@@ -322,16 +346,23 @@ AE_INLINE vf vi_byte(vi a, int k) {
 AE_INLINE vf vf_load_i8_n(const int8_t *p, int n) {
     int8_t lanes[W] = {0};
     memcpy(lanes, p, (size_t)n);
-    return (vf){lanes[0], lanes[1], lanes[2], lanes[3]};
+    return vf_from_i8(lanes);
 }
 AE_INLINE vf vf_load_i8(const int8_t *p) { return vf_load_i8_n(p, W); }
 
-/* a H, with Hadamard's matrix of W rows: lanes that differ in one bit become their sum and difference. */
-AE_INLINE vf vf_hadamard(vf a) {
-    const vf b = {a[0] + a[2], a[1] + a[3], a[0] - a[2], a[1] - a[3]};
-    return (vf){b[0] + b[1], b[0] - b[1], b[2] + b[3], b[2] - b[3]};
-}
+#endif
 
+#if defined(AE_LEVEL_AVX512BF16)
+#define BF16_DOT
+typedef __m512bh bf16_pair;
+AE_INLINE bf16_pair bf16_pair_of(int32_t bits) { return (__m512bh)_mm512_set1_epi32(bits); }
+AE_INLINE vf bf16_dot(vf sum, bf16_pair a, vi b) { return _mm512_dpbf16_ps(sum, a, (__m512bh)b); }
+#endif
+
+#if !defined(AE_LEVEL_NEON)
+typedef vf vs;
+AE_INLINE vs vs_load(const float *p) { return vf_set(*p); }
+AE_INLINE vf vs_fma(vs a, vf b, vf c) { return vf_fma(a, b, c); }
 #endif
 
 /* 2^x within 2e-7 of itself for -126 <= x <= 0: the weights of a softmax. 2^-inf = 0, NaN stays NaN; the

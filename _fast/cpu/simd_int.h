@@ -1,5 +1,6 @@
 /* Integer dot products on top of simd.h: `vi` holds W lanes of 32 bits, in each of which four unsigned bytes
- * (codes of weights) meet four signed ones (activations).
+ * (codes of weights) meet four signed ones (activations). Where only signed bytes can be multiplied, codes_of
+ * takes CODES_ZERO from each byte; nibbles are signed bytes as they are.
  *
  * Sums start from INT_BIAS; vi_biased() gives INT_BIAS_FLOAT + sum, exact while |sum| < 2^22. The bias lies
  * in the middle of a range where floats are one apart, so that the bits of a biased sum are that float's: no
@@ -99,18 +100,60 @@ AE_INLINE vi dot(vi sum, codes w, signed4 x) {
 }
 #endif
 
-#else /* portable */
+#else /* four lanes */
 
 typedef uint8_t vbytes __attribute__((vector_size(16)));
 
-#define INT_BIAS 0
-#define INT_BIAS_FLOAT 0.0f
 AE_INLINE vi vi_set(int32_t x) { return (vi){x, x, x, x}; }
 AE_INLINE void vi_store(void *p, vi a) { memcpy(p, &a, sizeof a); }
-AE_INLINE vf vi_biased(vi a) { return __builtin_convertvector(a, vf); }
 AE_INLINE vf vi_to_vf(vi a) { return __builtin_convertvector(a, vf); }
 AE_INLINE vi vi_low_nibbles(vi a) { return (vi)((vbytes)a & 15); }
 AE_INLINE vi vi_high_nibbles(vi a) { return (vi)((vbytes)a >> 4); }
+
+#if defined(AE_LEVEL_NEON)
+
+#define INT_BIAS 0x4B400000
+#define INT_BIAS_FLOAT 12582912.0f
+AE_INLINE vf vi_biased(vi a) { return (vf)a; }
+
+typedef vi codes;
+#if defined(AE_LEVEL_NEONBF16)
+AE_INLINE codes codes_of(vi bytes) { return bytes; }
+#else
+#define CODES_ZERO 128
+AE_INLINE codes codes_of(vi bytes) { return (vi)((vbytes)bytes ^ 128); }
+AE_INLINE codes codes_of_nibbles(vi bytes) { return bytes; }
+#endif
+
+#if defined(AE_LEVEL_NEONDOT)
+/* In assembly, because clang before 16 has the intrinsics only where the whole file is for their target. Four
+ * bytes in a scalar register multiply all lanes. */
+typedef float signed4;
+AE_INLINE signed4 signed4_set(int32_t bytes) { return ae_bits_f32((uint32_t)bytes); }
+AE_INLINE vi dot(vi sum, codes w, signed4 x) {
+#if defined(AE_LEVEL_NEONBF16)
+    __asm__("usdot %0.4s, %1.16b, %2.4b[0]" : "+w"(sum) : "w"(w), "w"(x));
+#else
+    __asm__("sdot %0.4s, %1.16b, %2.4b[0]" : "+w"(sum) : "w"(w), "w"(x));
+#endif
+    return sum;
+}
+#else
+typedef int8x16_t signed4;
+AE_INLINE signed4 signed4_set(int32_t bytes) { return (int8x16_t)vi_set(bytes); }
+/* Two products fit 16 bits, for activations are never -128: 2 * 128 * 127 < 2^15. */
+AE_INLINE vi dot(vi sum, codes w, signed4 x) {
+    const int16x8_t low = vmull_s8(vget_low_s8((int8x16_t)w), vget_low_s8(x));
+    const int16x8_t high = vmull_high_s8((int8x16_t)w, x);
+    return (vi)vpadalq_s16((int32x4_t)sum, vpaddq_s16(low, high));
+}
+#endif
+
+#else /* portable */
+
+#define INT_BIAS 0
+#define INT_BIAS_FLOAT 0.0f
+AE_INLINE vf vi_biased(vi a) { return __builtin_convertvector(a, vf); }
 
 typedef struct codes { vi byte[4]; } codes;
 typedef struct signed4 { int32_t byte[4]; } signed4;
@@ -127,7 +170,13 @@ AE_INLINE vi dot(vi sum, codes w, signed4 x) {
     for (int i = 0; i < 4; i++) sum += w.byte[i] * x.byte[i];
     return sum;
 }
+#endif
 
+#endif
+
+#if !defined(CODES_ZERO)
+#define CODES_ZERO 0
+AE_INLINE codes codes_of_nibbles(vi bytes) { return codes_of(bytes); }
 #endif
 
 #if !defined(AE_LEVEL_AVX512VNNI)
@@ -136,6 +185,6 @@ AE_INLINE vi vi_start(const int32_t *x) { return vi_set(*x); }
 
 /* total + (sum - INT_BIAS_FLOAT) * d * scale, with biased = -INT_BIAS_FLOAT * d */
 AE_INLINE vf add_scaled(vf total, vi sum, vf d, vf biased, const float *scale) {
-    return vf_fma(vf_fma(vi_biased(sum), d, biased), vf_set(*scale), total);
+    return vs_fma(vs_load(scale), vf_fma(vi_biased(sum), d, biased), total);
 }
 #endif

@@ -11,7 +11,7 @@ from asyncengine._fast import cpu
 LEVELS = cpu.levels()
 ARRAYS = ["token_ids", "positions", "token_row", "query_start", "context_len", "row_slot", "sample_rows"]
 # Levels whose instructions for bf16 take both sides in it.
-ROUNDING = ["avx512bf16", "amx"]
+ROUNDING = ["avx512bf16", "amx", "neonbf16"]
 TYPES = {"f32": cpu.F32, "bf16": cpu.BF16, "f16": cpu.F16}
 
 
@@ -43,6 +43,15 @@ def run(
     program = cpu.Program(t)
     program.add(code, rows, [_address(a) for a in p], n, f)
     program.run(step)
+
+
+def quantized_linear(level: str, rows: Any, weight: Any, m: int, threads: int = 1) -> np.ndarray:
+    """`rows.bytes` times `weight.bytes`, [m, weight.n]; `weight.sizes()` are the sizes of LINEAR."""
+    out = np.full((m + 1, weight.n), np.nan, np.float32)
+    p = [out, rows.bytes, weight.bytes, None]
+    run(team(level, threads), cpu.LINEAR, p, weight.sizes(), num_tokens=m)
+    assert np.isnan(out[m]).all(), "wrote past the output"
+    return out[:m]
 
 
 def _address(a: np.ndarray | int | None) -> int:

@@ -8,6 +8,7 @@ from gguf.quants import dequantize, quantize
 from asyncengine._fast import cpu
 
 from .one_op import LEVELS, run, team
+from .one_op import quantized_linear as linear
 
 PANEL = cpu.PANEL
 CODES = {"Q8": cpu.Q8, "Q4": cpu.Q4}
@@ -89,14 +90,6 @@ class Weight:
 
     def sizes(self, mode: int = 0, out_group: int = 0) -> list[int]:
         return [self.n, self.k, CODES[self.dtype], out_group, self.group, self.minimum, mode]
-
-
-def linear(level: str, rows: Rows, weight: Weight, m: int, threads: int = 1) -> np.ndarray:
-    out = np.full((m + 1, weight.n), np.nan, np.float32)
-    p = [out, rows.bytes, weight.bytes, None]
-    run(team(level, threads), cpu.LINEAR, p, weight.sizes(), num_tokens=m)
-    assert np.isnan(out[m]).all(), "wrote past the output"
-    return out[:m]
 
 
 # ---- quantized rows ----

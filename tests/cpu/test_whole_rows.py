@@ -10,6 +10,7 @@ from gguf.quants import dequantize, quantize
 from asyncengine._fast import cpu
 
 from .one_op import LEVELS, run, team
+from .one_op import quantized_linear as linear
 
 PANEL, WHOLE = cpu.PANEL, cpu.WHOLE
 WIDTHS = [1, 2, 5, 31, 32, 48, 67, 100, 128, 268, 576, 896, 1536, 2310, 3721, 4100]
@@ -96,14 +97,6 @@ class Weight:
         codes = self.codes.reshape(-1, self.codes.shape[2])[: self.n].astype(np.int64) - 128
         sums = (rows.codes @ codes.T).astype(np.float32)
         return sums * (self.d.reshape(-1)[: self.n] * rows.scale[:, None])
-
-
-def linear(level: str, rows: Rows, weight: Weight, m: int, threads: int = 1) -> np.ndarray:
-    out = np.full((m + 1, weight.n), np.nan, np.float32)
-    p = [out, rows.bytes, weight.bytes, None]
-    run(team(level, threads), cpu.LINEAR, p, weight.sizes(), num_tokens=m)
-    assert np.isnan(out[m]).all(), "wrote past the output"
-    return out[:m]
 
 
 # ---- rows ----

@@ -10,6 +10,19 @@ import msgspec
 from asyncengine.wire.stages import Loaded
 
 
+def recording(started, plans, results):
+    """The driver of a single rank that notes its plans and their results: what several are to agree with."""
+    driver = started.driver()
+
+    def step(plan):
+        plans.append(plan)
+        results.append(started.runner.step(plan))
+        return results[-1]
+
+    driver.run = step
+    return driver
+
+
 def run_ranks(script, fd, config, plans, world, directory, seconds, **environment):
     """(bytes of weights by rank, results by rank) of `script`, beside this file, which gets `fd` and so many
     seconds."""

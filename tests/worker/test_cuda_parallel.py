@@ -7,7 +7,7 @@ import pytest
 
 from .cuda_host import SIZES
 from .plans import decode_result
-from .ranks import run_ranks
+from .ranks import recording, run_ranks
 from .tiny import Started, assert_greedy, make_model, prompt, spec_of, worker_config
 
 PROMPTS = {0: prompt(11), 2: prompt(3)}
@@ -37,14 +37,7 @@ def test_two_ranks_agree_with_one(architecture, fields, tmp_path):
     model.save_pretrained(tmp_path)
     spec, plans, single = spec_of(tmp_path), [], []
     with Started(spec, tmp_path, **(SIZES | {"device": "cpu"})) as started:
-        driver = started.driver()
-
-        def step(plan):
-            plans.append(plan)
-            single.append(started.runner.step(plan))
-            return single[-1]
-
-        driver.run = step
+        driver = recording(started, plans, single)
         tokens = driver.generate(PROMPTS, 4, chunk=8, stagger=1, logprobs=2)
         whole = started.loaded.weight_bytes
     for slot, ids in PROMPTS.items():

@@ -13,7 +13,7 @@ from asyncengine.errors import ConfigError, ModelLoadError
 from ..codes import LAYOUTS
 from .packed import Packed
 from .plans import decode_result
-from .ranks import run_ranks
+from .ranks import recording, run_ranks
 from .test_quantization import distance, logits_of, with_rounded_inputs
 from .tiny import Started, prompt, reference_logits, spec_of, worker_config
 
@@ -134,14 +134,7 @@ def test_ranks(layout, group, tmp_path):
     config = worker_config(spec_of(tmp_path), tmp_path, quantization=layout, dtype="float16", num_threads=1)
     plans, single = [], []
     with Started(spec_of(tmp_path), tmp_path, quantization=layout, dtype="float16") as started:
-        driver = started.driver()
-
-        def step(plan):
-            plans.append(plan)
-            single.append(started.runner.step(plan))
-            return single[-1]
-
-        driver.run = step
+        driver = recording(started, plans, single)
         driver.generate({0: prompt(20)}, 1)
         whole = started.loaded.weight_bytes
     fd = os.memfd_create("comm")

@@ -8,7 +8,7 @@ from asyncengine._fast.cpu import Comm
 from asyncengine.checkpoint.sharding import comm_region_bytes
 
 from .plans import decode_result
-from .ranks import run_ranks
+from .ranks import recording, run_ranks
 from .tiny import Started, assert_greedy, make_model, prompt, spec_of, worker_config
 
 PROMPTS = {0: prompt(20), 5: prompt(3), 2: prompt(11)}
@@ -43,14 +43,7 @@ def test_ranks_agree_with_one(architecture, world, fields, tmp_path):
     model.save_pretrained(tmp_path)
     spec, plans, single = spec_of(tmp_path), [], []
     with Started(spec, tmp_path) as started:
-        driver = started.driver()
-
-        def step(plan):
-            plans.append(plan)
-            single.append(started.runner.step(plan))
-            return single[-1]
-
-        driver.run = step
+        driver = recording(started, plans, single)
         tokens = driver.generate(PROMPTS, 10, chunk=8, stagger=1)
         whole = started.loaded.weight_bytes
     for slot, ids in PROMPTS.items():

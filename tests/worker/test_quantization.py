@@ -16,14 +16,14 @@ WHOLE = 0
 NUMBERS = list(range(700, 750))
 
 
-def rounded_to_8_bits(x, group, scale_type=np.float32):
+def rounded_to_8_bits(x, group):
     """Symmetric: `max|x| / 127` for every row and `group` columns."""
     if group == WHOLE:
         turn = rotation(x.shape[1]) / np.sqrt(norm_of(x.shape[1]))
         return (rounded_to_8_bits(x @ turn, x.shape[1]) @ turn).astype(np.float32)
     groups = np.pad(x, ((0, 0), (0, -x.shape[1] % group))).reshape(len(x), -1, group)
     largest = np.abs(groups).max(axis=2, keepdims=True)
-    scale = (largest / 127).astype(scale_type).astype(np.float32)
+    scale = (largest / 127).astype(np.float32)
     codes = np.clip(np.round(groups / np.where(scale == 0, 1, scale)), -127, 127)
     return (codes * scale).reshape(len(x), -1)[:, : x.shape[1]]
 
