@@ -38,6 +38,7 @@ typedef struct tile_config {
 
 #endif
 
+/* Of bytes, or of bf16: a constant chooses. */
 #define TILE_DOT(int8, c, a, b)     \
     do {                            \
         if (int8)                   \

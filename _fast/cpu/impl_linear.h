@@ -1,12 +1,9 @@
 /* AE_LINEAR: the frame of all linear layers. A call is cut into items, each some rows times some panels of
  * 32 columns; a chunk kernel computes x @ weight.T of an item, here it gets its bias and its ending.
  *
- * A chunk kernel is
- *     void chunk(const linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels,
- *                float *out, int64_t stride, int64_t columns, const ae_thread *thread)
- * and writes out[r * stride + c] for r < rows, c < columns: the first `columns` columns of the panels. It may
- * use the first half of the thread's scratch; `linear_tile` is the second half. An output does not depend,
- * to the bit, on how a call is cut.
+ * A chunk kernel (chunk_fn) writes out[r * stride + c] for r < rows, c < columns: the first `columns` columns
+ * of the panels. It may use the first half of the thread's scratch; `linear_tile` is the second half. An
+ * output does not depend, to the bit, on how a call is cut.
  */
 #pragma once
 #include "cpu.h"
@@ -20,6 +17,9 @@
 #include "impl_quantize.h"
 #include "impl_quantized.h"
 #include "impl_whole.h"
+
+typedef void (*chunk_fn)(const linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels, float *out,
+                         int64_t stride, int64_t columns, const ae_thread *thread);
 
 /* Panels of an item of a large batch. */
 #define GROUP_PANELS 4
@@ -163,9 +163,6 @@ static void add_bias(float *out, int64_t stride, int64_t rows, int64_t columns, 
             vf_store_n(out + c, vf_add(vf_load_n(out + c, n), vf_load_n(bias + c, n)), n);
         }
 }
-
-typedef void (*chunk_fn)(const linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels, float *out,
-                         int64_t stride, int64_t columns, const ae_thread *thread);
 
 /* The item's x @ weight.T + bias, its first `columns` columns. */
 static void linear_item(const linear *l, const item *it, float *out, int64_t stride, int64_t columns,
