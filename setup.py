@@ -4,10 +4,29 @@ No flag here depends on the machine that builds: instruction sets beyond the bas
 inside the C sources with target pragmas and picked at run time.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from itertools import chain
+from typing import Any
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+class ParallelBuild(build_ext):
+    """Compiles the sources of an extension side by side, where setuptools takes one after the other."""
+
+    def build_extensions(self) -> None:
+        compile_files = self.compiler.compile
+
+        def compile_each(sources: list[str], **options: Any) -> list[str]:
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                return list(chain(*pool.map(lambda source: compile_files([source], **options), sources)))
+
+        self.compiler.compile = compile_each
+        super().build_extensions()
 
 
 def extension(name: str) -> Extension:
@@ -39,6 +58,7 @@ PACKAGES = [
 ]
 
 setup(
+    cmdclass={"build_ext": ParallelBuild},
     packages=PACKAGES,
     package_dir={"asyncengine._fast": "_fast", "asyncengine.kernels": "kernels"},
     package_data={"asyncengine": ["py.typed"], "asyncengine._fast": ["*.pyi"]},

@@ -59,7 +59,7 @@ AE_INLINE void score_at(int lines, int vectors, int type, attention_scratch *s, 
     int64_t d = 0;
     for (; d + parts <= dim; d += parts, key += TILE_KEYS) {
         for (int k = 0; k < vectors; k++) word[k] = vf_load(key + k * W);
-        fetch(&s->ahead, 1);
+        fetch(&s->ahead, (parts + 1) / 2);
 #pragma GCC unroll 4
         for (int part = 0; part < parts; part++) SCORE_PART(part);
     }

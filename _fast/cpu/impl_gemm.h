@@ -48,9 +48,10 @@ typedef struct tile {
     int resume;        /* sums continue from `out` */
     ae_fetch *fetch;
     int64_t every;     /* bytes of weights after which it is asked for more: other tiles read the same ones */
+    int64_t stretch;   /* k after which it is looked whether that is due */
 } tile;
 
-/* Weights are fetched between stretches of so many k. */
+/* `stretch` of a batch of one tile. */
 #define STRETCH 16
 
 #define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
@@ -67,12 +68,15 @@ AE_INLINE void tile_run(const tile *t, const int type, const int rows) {
         else
             sum[m][v] = exist >= W ? vf_load(out) : vf_load_n(out, (int)exist);
     }
-    const char *w = t->w, *x = t->x;
-    const int64_t xs = t->x_stride;
-    const int stretch_bytes = STRETCH * AE_PANEL * (type == AE_F32 ? 4 : 2);
+    const char *w = t->w;
+    const int64_t stride = t->x_stride;
+    const char *x[4] = {t->x, t->x + 3 * stride, t->x + 6 * stride, t->x + 9 * stride};
+    const int64_t stretch_bytes = t->stretch * AE_PANEL * (type == AE_F32 ? 4 : 2);
     int64_t unread = 0;
-#define X(m, k) vs_load((const float *)(x + (m) * xs) + (k))
-    for (int64_t k = 0; k < t->k;) {
+/* Three rows share a base address, so that the addresses of all rows fit the registers. */
+#define X(m) (x[(m) / 3] + (m) % 3 * stride)
+#define ADVANCE(bytes) EACH(i, (rows + 2) / 3) x[i] += (bytes)
+    for (int64_t left = t->k; left > 0;) {
         ae_ahead ahead = {0};
         for (unread -= stretch_bytes; unread < 0; unread += t->every) {
             while (ahead.left) ae_fetch_part(&ahead);
@@ -80,59 +84,64 @@ AE_INLINE void tile_run(const tile *t, const int type, const int rows) {
         }
         if (rows == 1 || type != AE_BF16)
             while (ahead.left) ae_fetch_part(&ahead);
-        const int64_t stop = k + STRETCH < t->k ? k + STRETCH : t->k;
+        int64_t k = left < t->stretch ? left : t->stretch;
+        left -= k;
         if (type == AE_F32 || type == AE_F16) {
-            for (; k < stop; k++, w += AE_PANEL * (type == AE_F32 ? 4 : 2)) {
+            for (; k > 0; k--, w += AE_PANEL * (type == AE_F32 ? 4 : 2)) {
                 EACH_HELD(first) {
                     vf b[HELD];
                     EACH(i, HELD) b[i] = type == AE_F32 ? vf_load((const float *)w + (first + i) * W)
                                                         : vf_load_f16((const uint16_t *)w + (first + i) * W);
                     EACH(m, rows) {
-                        vs a = X(m, k);
+                        const vs a = vs_load((const float *)X(m));
                         EACH(i, HELD) sum[m][first + i] = vs_fma(a, b[i], sum[m][first + i]);
                     }
                 }
+                ADVANCE(4);
             }
             continue;
         }
 #if defined(BF16_DOT)
-        for (; k < stop; k += 2, w += AE_PANEL * 4) {
+        for (; k > 0; k -= 2, w += AE_PANEL * 4) {
             if (rows > 1) ae_fetch_part(&ahead);
             EACH_HELD(first) {
                 vi b[HELD];
                 EACH(i, HELD) b[i] = vi_load((const uint32_t *)w + (first + i) * W);
                 EACH(m, rows) {
-                    bf16_pair a = bf16_pair_of(*(const int32_t *)(x + m * xs + k * 2));
+                    const bf16_pair a = bf16_pair_of(*(const int32_t *)X(m));
                     EACH(i, HELD) sum[m][first + i] = bf16_dot(sum[m][first + i], a, b[i]);
                 }
             }
+            ADVANCE(4);
         }
 #else
-        for (; k + 1 < stop; k += 2, w += AE_PANEL * 4) {
+        for (; k > 1; k -= 2, w += AE_PANEL * 4) {
             if (rows > 1) ae_fetch_part(&ahead);
             EACH_HELD(first) {
-                vf even[HELD], odd[HELD];
-                EACH(i, HELD) {
-                    vi b = vi_load((const uint32_t *)w + (first + i) * W);
-                    even[i] = vi_low_bf16(b);
-                    odd[i] = vi_high_bf16(b);
-                }
-                EACH(m, rows) {
-                    vs a = X(m, k), c = X(m, k + 1);
-                    EACH(i, HELD) sum[m][first + i] = vs_fma(a, even[i], sum[m][first + i]);
-                    EACH(i, HELD) sum[m][first + i] = vs_fma(c, odd[i], sum[m][first + i]);
+                EACH(odd, 2) {
+                    const char *pairs = w;
+                    __asm__("" : "+r"(pairs)); /* else gcc keeps both halves in registers, and sums not */
+                    vf b[HELD];
+                    EACH(i, HELD) {
+                        const vi pair = vi_load((const uint32_t *)pairs + (first + i) * W);
+                        b[i] = odd ? vi_high_bf16(pair) : vi_low_bf16(pair);
+                    }
+                    EACH(m, rows) {
+                        const vs a = vs_load((const float *)X(m) + odd);
+                        EACH(i, HELD) sum[m][first + i] = vs_fma(a, b[i], sum[m][first + i]);
+                    }
                 }
             }
+            ADVANCE(8);
         }
-        if (k < stop) { /* an odd k ends so */
+        if (k > 0) /* an odd k ends so */
             EACH(v, vectors) {
-                vf b = vi_low_bf16(vi_load((const uint32_t *)w + v * W));
-                EACH(m, rows) sum[m][v] = vs_fma(X(m, k), b, sum[m][v]);
+                const vf b = vi_low_bf16(vi_load((const uint32_t *)w + v * W));
+                EACH(m, rows) sum[m][v] = vs_fma(vs_load((const float *)X(m)), b, sum[m][v]);
             }
-            k++;
-        }
 #endif
     }
+#undef ADVANCE
 #undef X
     EACH(v, vectors) {
         int64_t exist = t->columns - v * W;
@@ -192,6 +201,7 @@ static void float_piece(tile t, int type, int64_t rows) {
     const int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
     const tile start = t;
     t.every = FETCH_EVERY * tiles;
+    t.stretch = STRETCH * tiles;
     ae_fetch_allow(t.fetch, ae_panel_bytes(t.k, type, 0, 0));
     for (int64_t i = 0; i < tiles; i++) {
         const int64_t first = rows * i / tiles, n = rows * (i + 1) / tiles - first;
@@ -199,6 +209,12 @@ static void float_piece(tile t, int type, int64_t rows) {
         t.out = start.out + first * t.out_stride;
         tiles_of[n - 1][type](&t);
     }
+}
+
+/* A length of blocks that k comes in equal ones of, of at most `most`. Even: pairs are not parted. */
+static int64_t block_length(int64_t k, int64_t most) {
+    const int64_t blocks = (k + most - 1) / most;
+    return ((k + blocks - 1) / blocks + 1) & ~(int64_t)1;
 }
 
 /* The block of k from `start` on, of panel p, of a chunk. */
@@ -221,7 +237,8 @@ static tile block_of(const tile *all, const linear *l, int64_t start, int64_t mo
 static void float_chunk(const linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels, float *out,
                         int64_t stride, int64_t columns, const ae_thread *thread) {
     const int64_t k = l->k, panel_bytes = ae_panel_bytes(k, l->type, 0, 0);
-    int64_t most = rows <= MAX_ROWS ? k : is_small(l) ? BLOCK_K : LARGE_BLOCK_K, x_bytes = 4;
+    int64_t x_bytes = 4;
+    int64_t most = rows <= MAX_ROWS ? k : block_length(k, is_small(l) ? BLOCK_K : LARGE_BLOCK_K);
     tile all = {.x = l->x + row * k * 4,
                 .x_stride = k * 4,
                 .w = l->weight + panel * panel_bytes,

@@ -362,7 +362,14 @@ AE_INLINE vf bf16_dot(vf sum, bf16_pair a, vi b) { return _mm512_dpbf16_ps(sum, 
 #if !defined(AE_LEVEL_NEON)
 typedef vf vs;
 AE_INLINE vs vs_load(const float *p) { return vf_set(*p); }
-AE_INLINE vf vs_fma(vs a, vf b, vf c) { return vf_fma(a, b, c); }
+AE_INLINE vf vs_fma(vs a, vf b, vf c) {
+#if defined(AE_LEVEL_AVX512) /* In assembly: gcc 12 copies sums before it adds to them, until registers run out. */
+    __asm__("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+#else
+    return vf_fma(a, b, c);
+#endif
+}
 #endif
 
 /* 2^x within 2e-7 of itself for -126 <= x <= 0: the weights of a softmax. 2^-inf = 0, NaN stays NaN; the
