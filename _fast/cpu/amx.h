@@ -3,6 +3,8 @@
  * A processor has eight tiles of up to 16 rows of 64 bytes; TILE_CONFIGURE gives them their sizes, and clears
  * them. TILE_DOT_BF16(c, a, b) adds a [rows of c, pairs] @ b [pairs, 16] to c, where a row of `a` and of `b`
  * holds pairs of neighbours of k: 16 of one row of x, and one of each of 16 columns, as panels have them.
+ * TILE_DOT_INT8 has four neighbours in place of pairs, signed bytes in `a` and unsigned ones in `b`, and adds
+ * modulo 2^32.
  *
  * Not the compiler's intrinsics: gcc's of version 12 do not tell it that loads read memory, nor how much of
  * it, so that it may move what was written there behind them. Arguments named tile are digits.
@@ -32,5 +34,15 @@ typedef struct tile_config {
 #define TILE_STORE(tile, to, stride) \
     __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"((int64_t)(stride)) : "memory")
 #define TILE_DOT_BF16(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
+#define TILE_DOT_INT8(c, a, b) __asm__ volatile("tdpbsud %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
 
 #endif
+
+/* Of bytes, or of bf16: a constant chooses. */
+#define TILE_DOT(int8, c, a, b)     \
+    do {                            \
+        if (int8)                   \
+            TILE_DOT_INT8(c, a, b); \
+        else                        \
+            TILE_DOT_BF16(c, a, b); \
+    } while (0)

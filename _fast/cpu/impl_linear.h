@@ -1,17 +1,15 @@
 /* AE_LINEAR: the frame of all linear layers. A call is cut into items, each some rows times some panels of
  * 32 columns; a chunk kernel computes x @ weight.T of an item, here it gets its bias and its ending.
  *
- * A chunk kernel is
- *     void chunk(const linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels,
- *                float *out, int64_t stride, int64_t columns, const ae_thread *thread)
- * and writes out[r * stride + c] for r < rows, c < columns: the first `columns` columns of the panels. It may
- * use the first half of the thread's scratch; `linear_tile` is the second half. An output does not depend,
- * to the bit, on how a call is cut.
+ * A chunk kernel (chunk_fn) writes out[r * stride + c] for r < rows, c < columns: the first `columns` columns
+ * of the panels. It may use the first half of the thread's scratch; `linear_tile` is the second half. An
+ * output does not depend, to the bit, on how a call is cut.
  */
 #pragma once
 #include "cpu.h"
 #if defined(AE_LEVEL_AMX)
 #include "impl_amx.h"
+#include "impl_amx_whole.h"
 #endif
 #include "impl_elementwise.h"
 #include "impl_gemm.h"
@@ -19,6 +17,9 @@
 #include "impl_quantize.h"
 #include "impl_quantized.h"
 #include "impl_whole.h"
+
+typedef void (*chunk_fn)(const linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels, float *out,
+                         int64_t stride, int64_t columns, const ae_thread *thread);
 
 /* Panels of an item of a large batch. */
 #define GROUP_PANELS 4
@@ -166,16 +167,12 @@ static void add_bias(float *out, int64_t stride, int64_t rows, int64_t columns, 
 /* The item's x @ weight.T + bias, its first `columns` columns. */
 static void linear_item(const linear *l, const item *it, float *out, int64_t stride, int64_t columns,
                         const ae_thread *thread) {
-    if (l->group == AE_WHOLE)
-        whole_chunk(l, it->row, it->rows, it->panel, it->panels, out, stride, columns, thread);
-    else if (ae_is_quantized(l))
-        quantized_chunk(l, it->row, it->rows, it->panel, it->panels, out, stride, columns, thread);
+    chunk_fn chunk = l->group == AE_WHOLE ? whole_chunk : ae_is_quantized(l) ? quantized_chunk : float_chunk;
 #if defined(AE_LEVEL_AMX)
-    else if (l->type == AE_BF16)
-        tiled_chunk(l, it->row, it->rows, it->panel, it->panels, out, stride, columns, thread);
+    if (l->type == AE_BF16) chunk = tiled_chunk;
+    if (l->group == AE_WHOLE && it->rows > VNNI_ROWS) chunk = tiled_whole_chunk;
 #endif
-    else
-        float_chunk(l, it->row, it->rows, it->panel, it->panels, out, stride, columns, thread);
+    chunk(l, it->row, it->rows, it->panel, it->panels, out, stride, columns, thread);
     if (l->bias) add_bias(out, stride, it->rows, columns, l->bias + it->panel * AE_PANEL);
 }
 

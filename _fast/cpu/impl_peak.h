@@ -4,7 +4,7 @@
 #include "peak.h"
 #include "simd_int.h"
 #if defined(AE_LEVEL_AMX)
-#include "amx.h"
+#include "impl_amx_block.h"
 #endif
 
 #if defined(AE_LEVEL_AVX512) || defined(AE_LEVEL_NEON)
@@ -53,28 +53,26 @@ static double peak_f32(int64_t repeats) {
 
 #if defined(AE_LEVEL_AMX)
 /* Two tiles by two, as linears have them. */
-static double peak_bf16(int64_t repeats) {
+AE_INLINE double peak_tiles(int64_t repeats, const int int8) {
     uint16_t ones[TILE_ROWS_MAX * TILE_ROW_BYTES / 2] __attribute__((aligned(64)));
-    tile_config config = {.palette = 1};
+    const int k = int8 ? TILE_ROW_BYTES : TILE_ROW_BYTES / 2;
     EACH(i, TILE_ROWS_MAX * TILE_ROW_BYTES / 2) ones[i] = 0x3F80;
-    EACH(i, 8) {
-        config.rows[i] = TILE_ROWS_MAX;
-        config.row_bytes[i] = TILE_ROW_BYTES;
-    }
-    TILE_CONFIGURE(&config);
+    configure_tiles(BLOCK_ROWS);
     TILE_LOAD(4, ones, TILE_ROW_BYTES);
     TILE_LOAD(5, ones, TILE_ROW_BYTES);
     TILE_LOAD(6, ones, TILE_ROW_BYTES);
     TILE_LOAD(7, ones, TILE_ROW_BYTES);
     for (int64_t r = 0; r < repeats; r++) {
-        TILE_DOT_BF16(0, 4, 6);
-        TILE_DOT_BF16(1, 4, 7);
-        TILE_DOT_BF16(2, 5, 6);
-        TILE_DOT_BF16(3, 5, 7);
+        TILE_DOT(int8, 0, 4, 6);
+        TILE_DOT(int8, 1, 4, 7);
+        TILE_DOT(int8, 2, 5, 6);
+        TILE_DOT(int8, 3, 5, 7);
     }
     TILE_RELEASE();
-    return (double)repeats * 4 * (2 * TILE_ROWS_MAX * (TILE_ROW_BYTES / 4) * (TILE_ROW_BYTES / 2));
+    return (double)repeats * 4 * (2 * TILE_ROWS_MAX * (TILE_ROW_BYTES / 4) * k);
 }
+
+static double peak_bf16(int64_t repeats) { return peak_tiles(repeats, 0); }
 #elif defined(BF16_DOT)
 static double peak_bf16(int64_t repeats) {
 #define STEP(sum, a, b) bf16_dot(sum, a, b)
@@ -86,12 +84,16 @@ static double peak_bf16(int64_t repeats) {
 static double peak_bf16(int64_t repeats) { return peak_f32(repeats); }
 #endif
 
+#if defined(AE_LEVEL_AMX)
+static double peak_int8(int64_t repeats) { return peak_tiles(repeats, 1); }
+#else
 static double peak_int8(int64_t repeats) {
 #define STEP(sum, a, b) dot(sum, a, b)
     PEAK_LOOP(vi, codes, signed4, vi_set(0), codes_of(vi_set(0x01020304)), signed4_set(0x01FF02FE), STEP) *
         (8 * W);
 #undef STEP
 }
+#endif
 
 static double peak_read(const ae_peak *peak, const ae_thread *thread) {
     int64_t lo, hi;

@@ -30,13 +30,22 @@ typedef struct whole_row {
 typedef struct whole_call {
     const int8_t *x;
     const whole_row *rows;
-    const char *w; /* the first panel */
+    const char *w; /* the panel, or the first of two */
     int64_t x_stride, k; /* k: of codes, a multiple of 32 */
     ae_fetch *fetch;
     int64_t every; /* bytes of weights after which it is asked for more: other tiles read the same ones */
     float *out;
     int64_t out_stride, columns; /* columns that exist */
 } whole_call;
+
+/* W outputs of a row, of which `exist`, from their sums. */
+AE_INLINE void whole_store(float *out, vi sum, vf d, float scale, int64_t exist) {
+    const vf y = vf_mul(vi_to_vf(sum), vf_mul(d, vf_set(scale)));
+    if (exist >= W)
+        vf_store(out, y);
+    else
+        vf_store_n(out, y, (int)exist);
+}
 
 #define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
 /* Vectors of codes that are in registers at once, besides the sums: one, or all, and then there is no loop. */
@@ -83,13 +92,7 @@ AE_INLINE void whole_run(const whole_call *t, const int rows, const int panels) 
         const int64_t exist = t->columns - v * W;
         if (exist <= 0) continue;
         const vf d = vf_load((const float *)AT(v, t->w) + v % PANEL_VECTORS * W);
-        EACH(m, rows) {
-            const vf y = vf_mul(vi_to_vf(sum[m][v]), vf_mul(d, vf_set(t->rows[m].scale)));
-            if (exist >= W)
-                vf_store(out + m * t->out_stride, y);
-            else
-                vf_store_n(out + m * t->out_stride, y, (int)exist);
-        }
+        EACH(m, rows) whole_store(out + m * t->out_stride, sum[m][v], d, t->rows[m].scale, exist);
     }
 }
 
@@ -147,14 +150,14 @@ static void whole_piece(whole_call t, int64_t rows, const whole_fn *fns, int64_t
     }
 }
 
-/* See impl_linear.h. */
-static void whole_chunk(const linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels, float *out,
-                        int64_t stride, int64_t columns, const ae_thread *thread) {
-    const int64_t row_bytes = ae_row8_bytes(l->k, AE_WHOLE), panel_bytes = ae_whole_panel_bytes(l->k);
+/* The first panel of a chunk. What is prepared of its rows lies at the start of the thread's scratch. */
+static whole_call whole_begin(const linear *l, int64_t row, int64_t rows, int64_t panel, float *out,
+                              int64_t stride, int64_t columns, const ae_thread *thread) {
+    const int64_t row_bytes = ae_row8_bytes(l->k, AE_WHOLE);
     whole_row *prepared = thread->scratch;
     whole_call t = {.x = (const int8_t *)l->x + row * row_bytes,
                     .rows = prepared,
-                    .w = l->weight + panel * panel_bytes,
+                    .w = l->weight + panel * ae_whole_panel_bytes(l->k),
                     .x_stride = row_bytes,
                     .k = ae_group_width(l->k, AE_WHOLE),
                     .fetch = thread->fetch,
@@ -166,26 +169,42 @@ static void whole_chunk(const linear *l, int64_t row, int64_t rows, int64_t pane
         prepared[r] = (whole_row){(CODES_ZERO - 128) * *ae_row8_sums(row8, l->k, AE_WHOLE),
                                   *ae_row8_scales(row8, l->k, AE_WHOLE)};
     }
+    return t;
+}
+
+/* Has the next `taken` of the `panels` that are left fetched: those of a small batch are, from front to back,
+ * already; of a large one, while the ones before are multiplied. */
+static void whole_fetch(const linear *l, const whole_call *t, int64_t taken, int64_t panels) {
+    const int64_t panel_bytes = ae_whole_panel_bytes(l->k), bytes = taken * panel_bytes;
+    if (!is_small(l)) {
+        const int64_t after = panels - taken < taken ? panels - taken : taken;
+        ae_fetch_begin(t->fetch, t->w, bytes, ae_region_of(t->w + bytes, after * panel_bytes));
+    }
+    ae_fetch_allow(t->fetch, bytes);
+}
+
+/* To the panel so many further. */
+static void whole_next(const linear *l, whole_call *t, int64_t taken) {
+    t->w += taken * ae_whole_panel_bytes(l->k);
+    t->out += taken * AE_PANEL;
+    t->columns -= taken * AE_PANEL;
+}
+
+/* See impl_linear.h. */
+static void whole_chunk(const linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels, float *out,
+                        int64_t stride, int64_t columns, const ae_thread *thread) {
+    whole_call t = whole_begin(l, row, rows, panel, out, stride, columns, thread);
     for (int64_t taken; panels; panels -= taken) {
         const int in_pairs = PAIR_ROWS && !is_small(l) && panels > 1;
         taken = 1 + in_pairs;
-        const int64_t bytes = taken * panel_bytes;
-        /* Those of a small batch are fetched from front to back already; of a large one, while the ones before
-         * are multiplied. */
-        if (!is_small(l)) {
-            const int64_t after = panels - taken < taken ? panels - taken : taken;
-            ae_fetch_begin(t.fetch, t.w, bytes, ae_region_of(t.w + bytes, after * panel_bytes));
-        }
-        ae_fetch_allow(t.fetch, bytes);
+        whole_fetch(l, &t, taken, panels);
 #if PAIR_ROWS
         if (in_pairs)
             whole_piece(t, rows, whole_pairs, PAIR_ROWS);
         else
 #endif
             whole_piece(t, rows, whole_tiles, TILE_ROWS);
-        t.w += bytes;
-        t.out += taken * AE_PANEL;
-        t.columns -= taken * AE_PANEL;
+        whole_next(l, &t, taken);
     }
 }
 

@@ -20,6 +20,7 @@ AE_INLINE vi vi_set(int32_t x) { return _mm512_set1_epi32(x); }
 AE_INLINE void vi_store(void *p, vi a) { _mm512_storeu_si512(p, a); }
 AE_INLINE vf vi_biased(vi a) { return _mm512_castsi512_ps(a); }
 AE_INLINE vf vi_to_vf(vi a) { return _mm512_cvtepi32_ps(a); }
+AE_INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 AE_INLINE vi vi_low_nibbles(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 AE_INLINE vi vi_high_nibbles(vi a) { return vi_low_nibbles(_mm512_srli_epi16(a, 4)); }
 
@@ -61,8 +62,8 @@ AE_INLINE signed4 signed4_set(int32_t bytes) {
     return (signed4){_mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8), _mm512_srai_epi16(x, 8)};
 }
 AE_INLINE vi dot(vi sum, codes w, signed4 x) {
-    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(w.even, x.even));
-    return _mm512_add_epi32(sum, _mm512_madd_epi16(w.odd, x.odd));
+    sum = vi_add(sum, _mm512_madd_epi16(w.even, x.even));
+    return vi_add(sum, _mm512_madd_epi16(w.odd, x.odd));
 }
 #endif
 

@@ -73,7 +73,7 @@ static float model_bf16(const uint8_t *pairs, int i) {
     return model_flushed(x);
 }
 
-static void model_dot_bf16(int c, int a, int b) {
+static const tile_config *model_expects_product(int c, int a, int b) {
     const tile_config *config = &model.config;
     model_expects_tile(c);
     model_expects_tile(a);
@@ -82,6 +82,16 @@ static void model_dot_bf16(int c, int a, int b) {
     model_expects(config->rows[c] == config->rows[a], "rows of the sums");
     model_expects(config->row_bytes[c] == config->row_bytes[b], "columns of the sums");
     model_expects(config->row_bytes[a] / 4 == config->rows[b], "k of both sides");
+    return config;
+}
+
+static void model_clear_below(int c) {
+    const int rows = model.config.rows[c];
+    memset(model.tile[c][rows], 0, (size_t)(TILE_ROWS_MAX - rows) * TILE_ROW_BYTES);
+}
+
+static void model_dot_bf16(int c, int a, int b) {
+    const tile_config *config = model_expects_product(c, a, b);
     for (int m = 0; m < config->rows[c]; m++) {
         float sums[TILE_ROW_BYTES / 2] = {0}, *row = (float *)model.tile[c][m];
         for (int k = 0; k < config->rows[b]; k++)
@@ -96,7 +106,19 @@ static void model_dot_bf16(int c, int a, int b) {
             row[n] = model_flushed(model_flushed(row[n]) + both);
         }
     }
-    memset(model.tile[c][config->rows[c]], 0, (size_t)(TILE_ROWS_MAX - config->rows[c]) * TILE_ROW_BYTES);
+    model_clear_below(c);
+}
+
+static void model_dot_int8(int c, int a, int b) {
+    const tile_config *config = model_expects_product(c, a, b);
+    for (int m = 0; m < config->rows[c]; m++) {
+        uint32_t *row = (uint32_t *)model.tile[c][m];
+        for (int k = 0; k < config->rows[b]; k++)
+            for (int n = 0; n < config->row_bytes[c] / 4; n++)
+                for (int i = 0; i < 4; i++)
+                    row[n] += (uint32_t)((int8_t)model.tile[a][m][4 * k + i] * model.tile[b][k][4 * n + i]);
+    }
+    model_clear_below(c);
 }
 
 #define TILE_CONFIGURE(config) model_configure(config)
@@ -105,3 +127,4 @@ static void model_dot_bf16(int c, int a, int b) {
 #define TILE_LOAD(tile, from, stride) model_load(tile, (const char *)(from), stride)
 #define TILE_STORE(tile, to, stride) model_store(tile, (char *)(to), stride)
 #define TILE_DOT_BF16(c, a, b) model_dot_bf16(c, a, b)
+#define TILE_DOT_INT8(c, a, b) model_dot_int8(c, a, b)
