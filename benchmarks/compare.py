@@ -5,8 +5,9 @@
 
 `prepare` makes the forms of the model that the peers read (needs the `test` extra); it is done once. `run`
 measures: 1, 8 and 32 requests at once, prompts of 128 ids, 128 new ones each, greedy, end to end; then one
-prefill of 1,024 ids. Every engine runs in a process of its own, once a round, and the order rotates. Before
-each it waits for an idle machine and notes how idle it was. Writes compare.md, compare.json and compare.svg.
+prefill of 1,024 ids. A round takes these one by one, and for each every engine in a process of its own, in
+rotating order: what is compared is measured within minutes, for a shared machine's speed drifts. Before each
+process it waits for an idle machine and notes how idle it was. Writes compare.md, .json and .svg.
 
 A peer is the interpreter that can import it, or for llama.cpp the folder of its tools:
 openvino, ctranslate2, vllm, transformers (python), llama.cpp (folder). Peers that this interpreter can
@@ -23,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,18 +186,19 @@ def measure(args: argparse.Namespace, peers: dict[str, str], folder: Path) -> di
     }
     for number in range(args.rounds):
         turn = number % len(variants)
-        for variant in variants[turn:] + variants[:turn]:
+        answers: dict[str, list[dict[str, Any]]] = {v.name: [] for v in variants}
+        for case, variant in product(timed, variants[turn:] + variants[:turn]):
             result = results[variant.name]
             if "error" in result:
                 continue
-            check = {key: reference[key] for key in ("prompts", "new")} if number == 0 else None
+            checked = number == 0 and not answers[variant.name]
             idle = wait_for_idle(args.patience)
             job = {
                 "model": str(folder / variant.form if variant.form else args.model),
                 "precision": variant.argument,
                 "threads": args.threads,
-                "cases": timed,
-                "check": check,
+                "cases": {case: timed[case]},
+                "check": {key: reference[key] for key in ("prompts", "new")} if checked else None,
             }
             answer = run_once(variant, runners[variant.engine], job, args.timeout)
             if "error" in answer:
@@ -205,10 +208,12 @@ def measure(args: argparse.Namespace, peers: dict[str, str], folder: Path) -> di
             ids = answer.pop("ids")
             if ids is not None:
                 result["agreement"] = agreement(reference["ids"], ids)
-            result["rounds"].append({**answer, "idle_before": idle})
-            seconds = "  ".join(f"{name} {value:.2f} s" for name, value in answer["seconds"].items())
-            told = f"round {number + 1}  {variant.name:<28}{seconds}   (others {answer['others']:.0%})"
-            print(told, file=sys.stderr, flush=True)
+            answers[variant.name].append({**answer, "idle_before": idle})
+            told = f"round {number + 1}  {case:<8}{variant.name:<28}{answer['seconds'][case]:.2f} s"
+            print(f"{told}   (others {answer['others']:.0%})", file=sys.stderr, flush=True)
+        for name, parts in answers.items():
+            if "error" not in results[name]:
+                results[name]["rounds"].append(whole_round(parts))
     return {
         "model": args.model.name,
         "processor": processor(),
@@ -218,6 +223,17 @@ def measure(args: argparse.Namespace, peers: dict[str, str], folder: Path) -> di
         "batches": args.batches,
         "prefill": args.prefill,
         "results": results,
+    }
+
+
+def whole_round(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the answers to a round's cases, one after the other."""
+    return {
+        "version": answers[0]["version"],
+        "start_s": answers[0]["start_s"],
+        "seconds": {case: seconds for answer in answers for case, seconds in answer["seconds"].items()},
+        "others": max(answer["others"] for answer in answers),
+        "idle_before": min(answer["idle_before"] for answer in answers),
     }
 
 
@@ -253,7 +269,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--patience", type=float, default=120, help="seconds to wait for an idle machine")
-    parser.add_argument("--timeout", type=float, default=900, help="seconds for one engine and round")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds for one engine and case")
     args = parser.parse_args()
     if args.model is None:
         from asyncengine.checkpoint.demo import demo_model
