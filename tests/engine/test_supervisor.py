@@ -515,7 +515,7 @@ def test_twenty_lives_leave_no_descriptor_process_or_memory(run: Callable[[Any],
 
 
 HOST = """
-import asyncio, json, os, sys, time
+import asyncio, json, os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 from asyncengine.engine.supervisor import WorkerGroup
 
@@ -528,6 +528,8 @@ async def main():
         os.closerange(0, 3)
         time.sleep(4)
         os._exit(0)
+    if sys.argv[2] == "main":  # asyncio.run's own handler does not wake a loop that is just about to wait
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, asyncio.current_task().cancel)
     print(json.dumps(group.pids), flush=True)
     try:
         await asyncio.sleep(60)
