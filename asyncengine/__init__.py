@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import EngineArgs, EngineConfig
+    from .args import EngineArgs
+    from .config import EngineConfig
     from .engine.boot import ProgressEvent, StageReport, StartupReport
     from .engine.stream import GenerationStream
     from .errors import (
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "config": ("EngineArgs", "EngineConfig"),
+    "args": ("EngineArgs",),
+    "config": ("EngineConfig",),
     "engine.boot": ("ProgressEvent", "StageReport", "StartupReport"),
     "engine.stream": ("GenerationStream",),
     "errors": (

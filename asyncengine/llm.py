@@ -10,7 +10,8 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, NoReturn
 
-from .config import EngineArgs, EngineConfig
+from .args import EngineArgs
+from .config import EngineConfig
 from .engine.boot import ProgressEvent, Started, StartupReport, start
 from .engine.core import EngineCore
 from .engine.door import Door, Prompt

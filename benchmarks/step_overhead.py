@@ -19,11 +19,11 @@ from collections import deque
 from time import perf_counter_ns, process_time_ns
 from typing import NamedTuple
 
-from asyncengine.config import NgramSpeculation
 from asyncengine.engine.supervisor import WorkerGroup
 from asyncengine.params import SamplingParams
 from asyncengine.scheduling.scheduler import Scheduler
 from asyncengine.scheduling.sequence import Sequence
+from asyncengine.speculation import NgramSpeculation
 from asyncengine.wire.plan import PLAN_HEADER, ROW_FIELDS, SAMPLE, VERIFY
 
 BLOCK_SIZE = 16

@@ -6,8 +6,9 @@ import msgspec
 import pytest
 
 from asyncengine import ConfigError, gpus
+from asyncengine.args import EngineArgs
 from asyncengine.checkpoint.spec import ModelSpec, WeightPacking
-from asyncengine.config import EngineArgs, resolve
+from asyncengine.config import resolve
 from asyncengine.gpus import GPU, visible, visible_gpus
 
 H200 = GPU("GPU-aaaa", "NVIDIA H200", 90, 141 << 30)

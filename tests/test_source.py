@@ -13,7 +13,19 @@ PACKAGE = ROOT / "asyncengine"
 
 # Floors from the ground up. A module may import its own floor and those below it; the two towers
 # stand side by side and meet only on the ground.
-GROUND = ["errors", "params", "outputs", "metrics", "checkpoint", "cores", "gpus", "config", "wire"]
+GROUND = [
+    "errors",
+    "params",
+    "outputs",
+    "metrics",
+    "checkpoint",
+    "cores",
+    "gpus",
+    "speculation",
+    "args",
+    "config",
+    "wire",
+]
 HOST = ["text", "scheduling", "engine", "llm", "sync", "serve", "__main__"]
 WORKER = ["worker"]
 NATIVE = ["_fast"]

@@ -13,23 +13,15 @@
 #include "cpu.h"
 #include "linear.h"
 #include "simd.h"
-
-#define PANEL_VECTORS (AE_PANEL / W)
+#include "tile.h"
 
 /* Rows of the largest tile that fits the registers. */
 #if defined(AE_LEVEL_AVX512)
-#define MAX_ROWS 12
+#define TILE_ROWS 12
 #elif defined(AE_LEVEL_AVX2) || defined(AE_LEVEL_NEON)
-#define MAX_ROWS 3
+#define TILE_ROWS 3
 #else
-#define MAX_ROWS 2
-#endif
-
-/* Vectors of weights that are in registers at once, besides the sums. */
-#if defined(AE_LEVEL_NEON)
-#define HELD 1
-#else
-#define HELD PANEL_VECTORS
+#define TILE_ROWS 2
 #endif
 
 /* Blocks of k for batches of several tiles, which share a block of a panel in the L1 cache; in large batches
@@ -54,13 +46,9 @@ typedef struct tile {
 /* `stretch` of a batch of one tile. */
 #define STRETCH 16
 
-#define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
-#define EACH_HELD(first) _Pragma("GCC unroll 16") for (int first = 0; first < vectors; first += HELD)
-
 AE_INLINE void tile_run(const tile *t, const int type, const int rows) {
-    vf sum[MAX_ROWS][8];
-    const int vectors = PANEL_VECTORS;
-    EACH(m, rows) EACH(v, vectors) {
+    vf sum[TILE_ROWS][PANEL_VECTORS];
+    EACH(m, rows) EACH(v, PANEL_VECTORS) {
         int64_t exist = t->columns - v * W;
         const float *out = t->out + m * t->out_stride + v * W;
         if (!t->resume || exist <= 0)
@@ -70,12 +58,9 @@ AE_INLINE void tile_run(const tile *t, const int type, const int rows) {
     }
     const char *w = t->w;
     const int64_t stride = t->x_stride;
-    const char *x[4] = {t->x, t->x + 3 * stride, t->x + 6 * stride, t->x + 9 * stride};
+    const char *x[] = ROW_BASES(t->x, stride);
     const int64_t stretch_bytes = t->stretch * AE_PANEL * (type == AE_F32 ? 4 : 2);
     int64_t unread = 0;
-/* Three rows share a base address, so that the addresses of all rows fit the registers. */
-#define X(m) (x[(m) / 3] + (m) % 3 * stride)
-#define ADVANCE(bytes) EACH(i, (rows + 2) / 3) x[i] += (bytes)
     for (int64_t left = t->k; left > 0;) {
         ae_ahead ahead = {0};
         for (unread -= stretch_bytes; unread < 0; unread += t->every) {
@@ -88,62 +73,60 @@ AE_INLINE void tile_run(const tile *t, const int type, const int rows) {
         left -= k;
         if (type == AE_F32 || type == AE_F16) {
             for (; k > 0; k--, w += AE_PANEL * (type == AE_F32 ? 4 : 2)) {
-                EACH_HELD(first) {
-                    vf b[HELD];
-                    EACH(i, HELD) b[i] = type == AE_F32 ? vf_load((const float *)w + (first + i) * W)
+                EACH_HELD(first, PANEL_VECTORS) {
+                    vf b[HELD(PANEL_VECTORS)];
+                    EACH(i, HELD(PANEL_VECTORS)) b[i] = type == AE_F32 ? vf_load((const float *)w + (first + i) * W)
                                                         : vf_load_f16((const uint16_t *)w + (first + i) * W);
                     EACH(m, rows) {
-                        const vs a = vs_load((const float *)X(m));
-                        EACH(i, HELD) sum[m][first + i] = vs_fma(a, b[i], sum[m][first + i]);
+                        const vs a = vs_load((const float *)ROW(x, m, stride));
+                        EACH(i, HELD(PANEL_VECTORS)) sum[m][first + i] = vs_fma(a, b[i], sum[m][first + i]);
                     }
                 }
-                ADVANCE(4);
+                NEXT_ROWS(x, rows, 4);
             }
             continue;
         }
 #if defined(BF16_DOT)
         for (; k > 0; k -= 2, w += AE_PANEL * 4) {
             if (rows > 1) ae_fetch_part(&ahead);
-            EACH_HELD(first) {
-                vi b[HELD];
-                EACH(i, HELD) b[i] = vi_load((const uint32_t *)w + (first + i) * W);
+            EACH_HELD(first, PANEL_VECTORS) {
+                vi b[HELD(PANEL_VECTORS)];
+                EACH(i, HELD(PANEL_VECTORS)) b[i] = vi_load((const uint32_t *)w + (first + i) * W);
                 EACH(m, rows) {
-                    const bf16_pair a = bf16_pair_of(*(const int32_t *)X(m));
-                    EACH(i, HELD) sum[m][first + i] = bf16_dot(sum[m][first + i], a, b[i]);
+                    const bf16_pair a = bf16_pair_of(*(const int32_t *)ROW(x, m, stride));
+                    EACH(i, HELD(PANEL_VECTORS)) sum[m][first + i] = bf16_dot(sum[m][first + i], a, b[i]);
                 }
             }
-            ADVANCE(4);
+            NEXT_ROWS(x, rows, 4);
         }
 #else
         for (; k > 1; k -= 2, w += AE_PANEL * 4) {
             if (rows > 1) ae_fetch_part(&ahead);
-            EACH_HELD(first) {
+            EACH_HELD(first, PANEL_VECTORS) {
                 EACH(odd, 2) {
                     const char *pairs = w;
                     __asm__("" : "+r"(pairs)); /* else gcc keeps both halves in registers, and sums not */
-                    vf b[HELD];
-                    EACH(i, HELD) {
+                    vf b[HELD(PANEL_VECTORS)];
+                    EACH(i, HELD(PANEL_VECTORS)) {
                         const vi pair = vi_load((const uint32_t *)pairs + (first + i) * W);
                         b[i] = odd ? vi_high_bf16(pair) : vi_low_bf16(pair);
                     }
                     EACH(m, rows) {
-                        const vs a = vs_load((const float *)X(m) + odd);
-                        EACH(i, HELD) sum[m][first + i] = vs_fma(a, b[i], sum[m][first + i]);
+                        const vs a = vs_load((const float *)ROW(x, m, stride) + odd);
+                        EACH(i, HELD(PANEL_VECTORS)) sum[m][first + i] = vs_fma(a, b[i], sum[m][first + i]);
                     }
                 }
             }
-            ADVANCE(8);
+            NEXT_ROWS(x, rows, 8);
         }
         if (k > 0) /* an odd k ends so */
-            EACH(v, vectors) {
+            EACH(v, PANEL_VECTORS) {
                 const vf b = vi_low_bf16(vi_load((const uint32_t *)w + v * W));
-                EACH(m, rows) sum[m][v] = vs_fma(vs_load((const float *)X(m)), b, sum[m][v]);
+                EACH(m, rows) sum[m][v] = vs_fma(vs_load((const float *)ROW(x, m, stride)), b, sum[m][v]);
             }
 #endif
     }
-#undef ADVANCE
-#undef X
-    EACH(v, vectors) {
+    EACH(v, PANEL_VECTORS) {
         int64_t exist = t->columns - v * W;
         if (exist <= 0) continue;
         int n = exist < W ? (int)exist : W;
@@ -163,26 +146,12 @@ typedef void (*tile_fn)(const tile *);
     static void tile_f32_##rows(const tile *t) { tile_run(t, AE_F32, rows); }   \
     static void tile_bf16_##rows(const tile *t) { tile_run(t, AE_BF16, rows); } \
     static void tile_f16_##rows(const tile *t) { tile_run(t, AE_F16, rows); }
-#define ENTRY(rows) {tile_f32_##rows, tile_bf16_##rows, tile_f16_##rows}
+#define ENTRY(rows) {tile_f32_##rows, tile_bf16_##rows, tile_f16_##rows},
 
-TILE(1) TILE(2)
-#if MAX_ROWS >= 3
-TILE(3)
-#endif
-#if MAX_ROWS >= 12
-TILE(4) TILE(5) TILE(6) TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
-#endif
+UP_TO(TILE_ROWS, TILE)
 
 /* By rows - 1 and weight type. */
-static const tile_fn tiles_of[MAX_ROWS][3] = {
-    ENTRY(1), ENTRY(2),
-#if MAX_ROWS >= 3
-    ENTRY(3),
-#endif
-#if MAX_ROWS >= 12
-    ENTRY(4), ENTRY(5), ENTRY(6), ENTRY(7), ENTRY(8), ENTRY(9), ENTRY(10), ENTRY(11), ENTRY(12),
-#endif
-};
+static const tile_fn tiles_of[TILE_ROWS][3] = {UP_TO(TILE_ROWS, ENTRY)};
 
 #if defined(BF16_DOT)
 /* x [rows, k] as bf16, an odd k padded with a zero; `stride` in elements. */
@@ -198,7 +167,7 @@ static void to_bf16(uint16_t *out, int64_t stride, const float *x, int64_t x_str
 
 /* All rows times one block of k of a panel. */
 static void float_piece(tile t, int type, int64_t rows) {
-    const int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     const tile start = t;
     t.every = FETCH_EVERY * tiles;
     t.stretch = STRETCH * tiles;
@@ -238,7 +207,7 @@ static void float_chunk(const linear *l, int64_t row, int64_t rows, int64_t pane
                         int64_t stride, int64_t columns, const ae_thread *thread) {
     const int64_t k = l->k, panel_bytes = ae_panel_bytes(k, l->type, 0, 0);
     int64_t x_bytes = 4;
-    int64_t most = rows <= MAX_ROWS ? k : block_length(k, is_small(l) ? BLOCK_K : LARGE_BLOCK_K);
+    int64_t most = rows <= TILE_ROWS ? k : block_length(k, is_small(l) ? BLOCK_K : LARGE_BLOCK_K);
     tile all = {.x = l->x + row * k * 4,
                 .x_stride = k * 4,
                 .w = l->weight + panel * panel_bytes,
@@ -293,13 +262,9 @@ static void float_chunk(const linear *l, int64_t row, int64_t rows, int64_t pane
 }
 
 #undef CONVERTED_BYTES
-#undef PANEL_VECTORS
-#undef MAX_ROWS
+#undef TILE_ROWS
 #undef BLOCK_K
 #undef LARGE_BLOCK_K
 #undef STRETCH
-#undef EACH
-#undef EACH_HELD
-#undef HELD
 #undef TILE
 #undef ENTRY

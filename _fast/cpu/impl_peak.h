@@ -23,7 +23,6 @@
         __typeof__(x) kept = (x);             \
         __asm__ volatile("" ::"m"(kept));     \
     } while (0)
-#define EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); i++)
 
 /* ZERO, A, B: initial values; STEP(sum, a, b). Returns the number of STEPs. */
 #define PEAK_LOOP(SUM_TYPE, A_TYPE, B_TYPE, ZERO, A, B, STEP)                      \
@@ -122,7 +121,6 @@ static void k_peak(const ae_peak *peak, const ae_thread *thread) {
     }
 }
 
-#undef EACH
 #undef PEAK_A
 #undef PEAK_B
 #undef PEAK_TOUCH

@@ -10,6 +10,7 @@
 #include "linear.h"
 #include "quantized.h"
 #include "simd_int.h"
+#include "tile.h"
 
 /* A panel of bytes, its scales and a tile's x fit the L1 cache. */
 #define BLOCK_COLUMNS 768
@@ -24,13 +25,6 @@
 #define TILE_ROWS 3
 #else
 #define TILE_ROWS 2
-#endif
-
-/* Vectors of codes that are in registers at once, besides the sums. */
-#if defined(AE_LEVEL_NEON)
-#define HELD 1
-#else
-#define HELD PANEL_VECTORS
 #endif
 
 /* Of one row in a block, by group: where its sums start (INT_BIAS less what the weights' zero adds), its
@@ -54,11 +48,7 @@ typedef struct int_tile {
     int minimum, resume;
 } int_tile;
 
-#define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
-#define EACH_HELD(first) _Pragma("GCC unroll 16") for (int first = 0; first < PANEL_VECTORS; first += HELD)
-#define PANEL_VECTORS (AE_PANEL / W)
-/* Three rows share a base address, so that the addresses of all rows fit the registers. */
-#define X(m, k) signed4_set(*(const int32_t *)(x[(m) / 3] + (m) % 3 * stride + (k)))
+#define X(m, k) signed4_set(*(const int32_t *)(ROW(x, m, stride) + (k)))
 #define CODES(v, k) vi_fetch(line + ((k) * AE_PANEL + (v) * W) * 4)
 
 /* Columns of vector v that exist. */
@@ -69,7 +59,7 @@ AE_INLINE int lanes(const int_tile *t, int v) {
 
 AE_INLINE void int_run(const int_tile *t, const int bits, const int rows) {
     const int64_t stride = t->x_stride;
-    vf total[TILE_ROWS][8];
+    vf total[TILE_ROWS][PANEL_VECTORS];
     EACH(v, PANEL_VECTORS) {
         const float *out = t->out + v * W;
         const int n = t->resume ? lanes(t, v) : 0;
@@ -80,43 +70,47 @@ AE_INLINE void int_run(const int_tile *t, const int bits, const int rows) {
         else
             EACH(m, rows) total[m][v] = vf_load_n(out + m * t->out_stride, n);
     }
-    const int8_t *x[3] = {t->x, t->x + 3 * stride, t->x + 6 * stride};
+    const int8_t *x[] = ROW_BASES(t->x, stride);
     const int64_t group_bytes = ae_group_bytes(bits == 8 ? AE_Q8 : AE_Q4, t->group, t->minimum);
     const int64_t header = t->minimum ? 128 : 64;
     const char *w = t->w;
     int64_t unread = 0;
     for (int64_t g = 0; g < t->groups; g++, w += group_bytes) {
-        vi sum[TILE_ROWS][8];
+        vi sum[TILE_ROWS][PANEL_VECTORS];
         EACH(m, rows) EACH(v, PANEL_VECTORS) sum[m][v] = vi_start(&t->rows[m].start[g]);
         const char *line = w + header;
         for (int64_t left = t->group; left; left -= 32) {
             if (bits == 4) {
-                EACH(k, 4) EACH_HELD(first) {
-                    codes low[HELD], high[HELD];
-                    EACH(i, HELD) {
-                        const vi both = CODES(first + i, k);
-                        low[i] = codes_of_nibbles(vi_low_nibbles(both));
-                        high[i] = codes_of_nibbles(vi_high_nibbles(both));
-                    }
-                    EACH(m, rows) {
-                        const signed4 a = X(m, 8 * k), b = X(m, 8 * k + 4);
-                        EACH(i, HELD) sum[m][first + i] = dot(sum[m][first + i], low[i], a);
-                        EACH(i, HELD) sum[m][first + i] = dot(sum[m][first + i], high[i], b);
+                EACH(k, 4) {
+                    EACH_HELD(first, PANEL_VECTORS) {
+                        codes low[PANEL_VECTORS], high[PANEL_VECTORS];
+                        EACH(i, HELD(PANEL_VECTORS)) {
+                            const vi both = CODES(first + i, k);
+                            low[i] = codes_of_nibbles(vi_low_nibbles(both));
+                            high[i] = codes_of_nibbles(vi_high_nibbles(both));
+                        }
+                        EACH(m, rows) {
+                            const signed4 a = X(m, 8 * k), b = X(m, 8 * k + 4);
+                            EACH(i, HELD(PANEL_VECTORS)) sum[m][first + i] = dot(sum[m][first + i], low[i], a);
+                            EACH(i, HELD(PANEL_VECTORS)) sum[m][first + i] = dot(sum[m][first + i], high[i], b);
+                        }
                     }
                 }
                 line += 16 * AE_PANEL;
             } else {
-                EACH(k, 8) EACH_HELD(first) {
-                    codes both[HELD];
-                    EACH(i, HELD) both[i] = codes_of(CODES(first + i, k));
-                    EACH(m, rows) {
-                        const signed4 a = X(m, 4 * k);
-                        EACH(i, HELD) sum[m][first + i] = dot(sum[m][first + i], both[i], a);
+                EACH(k, 8) {
+                    EACH_HELD(first, PANEL_VECTORS) {
+                        codes both[PANEL_VECTORS];
+                        EACH(i, HELD(PANEL_VECTORS)) both[i] = codes_of(CODES(first + i, k));
+                        EACH(m, rows) {
+                            const signed4 a = X(m, 4 * k);
+                            EACH(i, HELD(PANEL_VECTORS)) sum[m][first + i] = dot(sum[m][first + i], both[i], a);
+                        }
                     }
                 }
                 line += 32 * AE_PANEL;
             }
-            EACH(i, (rows + 2) / 3) x[i] += 32;
+            NEXT_ROWS(x, rows, 32);
         }
         for (unread -= group_bytes; unread < 0; unread += t->every) ae_fetch_more(t->fetch);
         EACH(v, PANEL_VECTORS) {
@@ -148,32 +142,12 @@ typedef void (*int_fn)(const int_tile *);
 #define TILE(rows)                                                         \
     static void int_q8_##rows(const int_tile *t) { int_run(t, 8, rows); } \
     static void int_q4_##rows(const int_tile *t) { int_run(t, 4, rows); }
-#define ENTRY(rows) {int_q8_##rows, int_q4_##rows}
+#define ENTRY(rows) {int_q8_##rows, int_q4_##rows},
 
-TILE(1) TILE(2)
-#if TILE_ROWS >= 3
-TILE(3)
-#endif
-#if TILE_ROWS >= 6
-TILE(4) TILE(5) TILE(6)
-#endif
-#if TILE_ROWS >= 7
-TILE(7)
-#endif
+UP_TO(TILE_ROWS, TILE)
 
 /* By rows - 1; 8 and 4 bits. */
-static const int_fn int_tiles[TILE_ROWS][2] = {
-    ENTRY(1), ENTRY(2),
-#if TILE_ROWS >= 3
-    ENTRY(3),
-#endif
-#if TILE_ROWS >= 6
-    ENTRY(4), ENTRY(5), ENTRY(6),
-#endif
-#if TILE_ROWS >= 7
-    ENTRY(7),
-#endif
-};
+static const int_fn int_tiles[TILE_ROWS][2] = {UP_TO(TILE_ROWS, ENTRY)};
 
 static void prepare_row(int_row *out, const int8_t *row8, const linear *l, int64_t first, int64_t groups) {
     const float *scale = ae_row8_scales(row8, l->k, l->group) + first;
@@ -308,10 +282,6 @@ static void quantized_chunk(const linear *l, int64_t row, int64_t rows, int64_t 
 #undef MAX_PREPARED
 #undef TILE_ROWS
 #undef TILE
-#undef EACH
-#undef EACH_HELD
-#undef HELD
-#undef PANEL_VECTORS
 #undef X
 #undef CODES
 #undef ENTRY

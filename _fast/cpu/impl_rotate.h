@@ -4,8 +4,6 @@
 #include "rotate.h"
 #include "simd.h"
 
-#define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
-
 /* Hadamard's transform of a[0 .. f), f a power of two. */
 AE_INLINE void hadamard_of(vf *a, const int f) {
     for (int step = 1; step < f; step *= 2)
@@ -101,4 +99,3 @@ static void rotate_row(float *x, int64_t k) {
         for (; k / done % f == 0; done *= f) rotate_by_any(x, k, done, f);
 }
 
-#undef EACH

@@ -4,6 +4,7 @@
 #include "linear.h"
 #include "quantized.h"
 #include "simd_int.h"
+#include "tile.h"
 
 /* Rows of the largest tile of one panel, and of two: their sums fit the registers. Two panels take fewer loads
  * for a product, but are read in turns: only where they come from the cache. 0: not at all. */
@@ -47,18 +48,7 @@ AE_INLINE void whole_store(float *out, vi sum, vf d, float scale, int64_t exist)
         vf_store_n(out, y, (int)exist);
 }
 
-#define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
-/* Vectors of codes that are in registers at once, besides the sums: one, or all, and then there is no loop. */
-#if defined(AE_LEVEL_NEON)
-#define HELD 1
-#define EACH_HELD(first) EACH(first, vectors)
-#else
-#define HELD vectors
-#define EACH_HELD(first) enum { first };
-#endif
-#define PANEL_VECTORS (AE_PANEL / W)
-/* Three rows share a base address, so that the addresses of all rows fit the registers. */
-#define X(m, k) signed4_set(*(const int32_t *)(x[(m) / 3] + (m) % 3 * stride + (k)))
+#define X(m, k) signed4_set(*(const int32_t *)(ROW(x, m, stride) + (k)))
 #define AT(v, line) ((v) < PANEL_VECTORS ? (line) : (line) + panel_bytes) /* of vector v's panel */
 
 AE_INLINE void whole_run(const whole_call *t, const int rows, const int panels) {
@@ -66,25 +56,25 @@ AE_INLINE void whole_run(const whole_call *t, const int rows, const int panels) 
     const int vectors = panels * PANEL_VECTORS;
     vi sum[TILE_ROWS][2 * PANEL_VECTORS];
     EACH(m, rows) EACH(v, vectors) sum[m][v] = vi_start(&t->rows[m].start);
-    const int8_t *x[4] = {t->x, t->x + 3 * stride, t->x + 6 * stride, t->x + 9 * stride};
+    const int8_t *x[] = ROW_BASES(t->x, stride);
     const char *line = t->w + 4 * AE_PANEL;
     int64_t unread = 0;
     for (int64_t left = t->k; left; left -= 32) {
         EACH(k, 8) {
-            EACH_HELD(first) {
+            EACH_HELD(first, vectors) {
                 codes w[2 * PANEL_VECTORS];
-                EACH(i, HELD) {
+                EACH(i, HELD(vectors)) {
                     const int v = first + i;
                     w[i] = codes_of(vi_fetch(AT(v, line) + (k * AE_PANEL + v % PANEL_VECTORS * W) * 4));
                 }
                 EACH(m, rows) {
                     const signed4 a = X(m, 4 * k);
-                    EACH(i, HELD) sum[m][first + i] = dot(sum[m][first + i], w[i], a);
+                    EACH(i, HELD(vectors)) sum[m][first + i] = dot(sum[m][first + i], w[i], a);
                 }
             }
         }
         line += 32 * AE_PANEL;
-        EACH(i, (rows + 2) / 3) x[i] += 32;
+        NEXT_ROWS(x, rows, 32);
         for (unread -= panels * 32 * AE_PANEL; unread < 0; unread += t->every) ae_fetch_more(t->fetch);
     }
     EACH(v, vectors) {
@@ -103,37 +93,15 @@ typedef void (*whole_fn)(const whole_call *);
 #define PAIR(rows) \
     static void whole_pair_##rows(const whole_call *t) { whole_run(t, rows, 2); }
 
-TILE(1) TILE(2)
-#if TILE_ROWS >= 3
-TILE(3)
-#endif
-#if TILE_ROWS >= 6
-TILE(4) TILE(5) TILE(6)
-#endif
-#if TILE_ROWS >= 12
-TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
-#endif
-#if PAIR_ROWS
-PAIR(1) PAIR(2) PAIR(3) PAIR(4) PAIR(5) PAIR(6)
-#endif
+#define TILE_ENTRY(rows) whole_##rows,
+#define PAIR_ENTRY(rows) whole_pair_##rows,
 
+UP_TO(TILE_ROWS, TILE)
 /* By rows - 1. */
-static const whole_fn whole_tiles[] = {
-    whole_1, whole_2,
-#if TILE_ROWS >= 3
-    whole_3,
-#endif
-#if TILE_ROWS >= 6
-    whole_4, whole_5, whole_6,
-#endif
-#if TILE_ROWS >= 12
-    whole_7, whole_8, whole_9, whole_10, whole_11, whole_12,
-#endif
-};
+static const whole_fn whole_tiles[TILE_ROWS] = {UP_TO(TILE_ROWS, TILE_ENTRY)};
 #if PAIR_ROWS
-static const whole_fn whole_pairs[] = {
-    whole_pair_1, whole_pair_2, whole_pair_3, whole_pair_4, whole_pair_5, whole_pair_6,
-};
+UP_TO(PAIR_ROWS, PAIR)
+static const whole_fn whole_pairs[PAIR_ROWS] = {UP_TO(PAIR_ROWS, PAIR_ENTRY)};
 #endif
 
 /* One panel, or two, times all rows of a chunk, in tiles of at most `most` rows. */
@@ -210,11 +178,9 @@ static void whole_chunk(const linear *l, int64_t row, int64_t rows, int64_t pane
 
 #undef TILE_ROWS
 #undef PAIR_ROWS
-#undef EACH
-#undef EACH_HELD
-#undef HELD
-#undef PANEL_VECTORS
 #undef X
 #undef AT
 #undef TILE
 #undef PAIR
+#undef TILE_ENTRY
+#undef PAIR_ENTRY

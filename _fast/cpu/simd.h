@@ -17,6 +17,8 @@
 #include "half.h"
 
 #define AE_INLINE static inline __attribute__((always_inline, unused))
+/* A loop that is unrolled, so that arrays of vectors become registers. */
+#define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
 
 #if defined(AE_LEVEL_AVX512)
 #include <immintrin.h>

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import msgspec
 
 from .._fast.cpu import Comm
+from ..args import EngineArgs
 from ..checkpoint.generation import generation_defaults
 from ..checkpoint.hub import ModelFiles, resolve_model
 from ..checkpoint.model import load_spec
 from ..checkpoint.repository import OnProgress
 from ..checkpoint.sharding import comm_region_bytes
 from ..checkpoint.spec import ModelSpec
-from ..config import EngineArgs, EngineConfig, resolve
+from ..config import EngineConfig, resolve
 from ..errors import AsyncEngineError, EngineDeadError
 from ..scheduling.scheduler import Scheduler
 from ..text.chat_template import ChatTemplate

@@ -33,9 +33,9 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from .._fast.slots import BlockPool, SlotTable
-from ..config import MAX_DRAFT_TOKENS, NgramSpeculation
 from ..errors import InvalidRequestError, QueueFullError
 from ..outputs import FinishReason
+from ..speculation import MAX_DRAFT_TOKENS, NgramSpeculation
 from ..wire.plan import RESULT_HEADER, ResultDetails, RowLogprobs
 from .sequence import Sequence, State
 from .step_cost import StepCost

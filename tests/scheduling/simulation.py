@@ -6,11 +6,11 @@ gives when it is run alone, whatever batching, chunking, caching, forking and pr
 
 from collections import deque
 
-from asyncengine.config import NgramSpeculation
 from asyncengine.errors import InvalidRequestError
 from asyncengine.params import SamplingParams
 from asyncengine.scheduling.scheduler import Scheduler
 from asyncengine.scheduling.sequence import Sequence, State
+from asyncengine.speculation import NgramSpeculation
 from asyncengine.wire.plan import VERIFY
 
 from .model import EOS, VOCABULARY, Worker
