@@ -57,7 +57,9 @@ static void k_rms_norm(const ae_op *op, const ae_step *step, const ae_thread *th
     const int64_t H = op->n[0];
     int64_t lo, hi;
     ae_share(thread, ae_rows_of(op, step), 1, &lo, &hi);
-    for (int64_t m = lo; m < hi; m++)
-        norm_row(out_row(op, m, H), out_row8(op, m, H), op->n[3], (const float *)op->p[1] + m * H, op->p[2],
-                 H, op->f[0], thread->scratch);
+    for (int64_t m = lo; m < hi; m++) {
+        const float *x = (const float *)op->p[1] + m * H;
+        if (m + 1 < hi) ae_prefetch(x + H, H);
+        norm_row(out_row(op, m, H), out_row8(op, m, H), op->n[3], x, op->p[2], H, op->f[0], thread->scratch);
+    }
 }

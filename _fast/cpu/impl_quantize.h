@@ -145,9 +145,11 @@ static void k_quantize(const ae_op *op, const ae_step *step, const ae_thread *th
     int64_t lo, hi;
     if (group == AE_WHOLE) {
         ae_share(thread, ae_rows_of(op, step), 1, &lo, &hi);
-        for (int64_t m = lo; m < hi; m++)
-            quantize_row((int8_t *)op->p[4] + m * bytes, (const float *)op->p[1] + m * k, k, group,
-                         thread->scratch);
+        for (int64_t m = lo; m < hi; m++) {
+            const float *x = (const float *)op->p[1] + m * k;
+            if (m + 1 < hi) ae_prefetch(x + k, k);
+            quantize_row((int8_t *)op->p[4] + m * bytes, x, k, group, thread->scratch);
+        }
         return;
     }
     ae_share(thread, ae_rows_of(op, step) * chunks, 1, &lo, &hi);

@@ -62,6 +62,7 @@ static void k_rope_kv(const ae_op *op, const ae_step *step, const ae_thread *thr
     for (int64_t unit = lo; unit < hi; unit++) {
         const int64_t t = unit / heads, h = unit % heads, position = step->positions[t];
         float *x = (float *)op->p[0] + unit * D;
+        if (unit + heads < hi) ae_prefetch(x + heads * D, D);
         if (h < Hq + Hk) {
             const float *weight = op->p[h < Hq ? 4 : 5];
             if (weight) rms_norm(x, x, weight, D, op->f[0]);

@@ -91,11 +91,12 @@ static void rotate_row(float *x, int64_t k) {
     for (; 8 * done <= power; done *= 8) rotate_by_8(x, k, done);
     if (4 * done <= power) rotate_by_4(x, k, done), done *= 4;
     if (2 * done <= power) rotate_by_2(x, k, done), done *= 2;
-    for (; k / done % 9 == 0; done *= 9) rotate_by_9(x, k, done);
-    if (k / done % 3 == 0) rotate_by_3(x, k, done), done *= 3;
-    for (; k / done % 5 == 0; done *= 5) rotate_by_5(x, k, done);
-    for (; k / done % 7 == 0; done *= 7) rotate_by_7(x, k, done);
-    for (int f = 11; f <= AE_MOST_FACTOR; f += 2)
-        for (; k / done % f == 0; done *= f) rotate_by_any(x, k, done, f);
+    int64_t odd = k / power; /* what is left of k */
+    for (; odd % 9 == 0; odd /= 9, done *= 9) rotate_by_9(x, k, done);
+    for (; odd % 3 == 0; odd /= 3, done *= 3) rotate_by_3(x, k, done);
+    for (; odd % 5 == 0; odd /= 5, done *= 5) rotate_by_5(x, k, done);
+    for (; odd % 7 == 0; odd /= 7, done *= 7) rotate_by_7(x, k, done);
+    for (int f = 11; f <= AE_MOST_FACTOR && f <= odd; f += 2)
+        for (; odd % f == 0; odd /= f, done *= f) rotate_by_any(x, k, done, f);
 }
 
