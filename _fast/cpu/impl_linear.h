@@ -22,7 +22,7 @@ typedef void (*chunk_fn)(const linear *l, int64_t row, int64_t rows, int64_t pan
                          int64_t stride, int64_t columns, const ae_thread *thread);
 
 /* Panels of an item of a large batch. */
-#define GROUP_PANELS 4
+#define GROUP_PANELS 8
 /* Outputs of an item of a small batch: they stay in the L1 cache until they are finished. */
 #define TILE_FLOATS 8192
 /* Items of a thread's share of a small batch: others can help with so many. Of fewer rows it is one if it fits:
