@@ -75,8 +75,9 @@ AE_INLINE void tile_run(const tile *t, const int type, const int rows) {
             for (; k > 0; k--, w += AE_PANEL * (type == AE_F32 ? 4 : 2)) {
                 EACH_HELD(first, PANEL_VECTORS) {
                     vf b[HELD(PANEL_VECTORS)];
-                    EACH(i, HELD(PANEL_VECTORS)) b[i] = type == AE_F32 ? vf_load((const float *)w + (first + i) * W)
-                                                        : vf_load_f16((const uint16_t *)w + (first + i) * W);
+                    EACH(i, HELD(PANEL_VECTORS))
+                        b[i] = type == AE_F32 ? vf_load((const float *)w + (first + i) * W)
+                                              : vf_load_f16((const uint16_t *)w + (first + i) * W);
                     EACH(m, rows) {
                         const vs a = vs_load((const float *)ROW(x, m, stride));
                         EACH(i, HELD(PANEL_VECTORS)) sum[m][first + i] = vs_fma(a, b[i], sum[m][first + i]);
