@@ -26,13 +26,11 @@ AE_INLINE void transpose(vf *a) {
     vf b[W];
 #pragma GCC unroll 4
     for (int stage = 1; stage < W; stage *= 2) {
-#pragma GCC unroll 16
-        for (int i = 0; i < W / 2; i++) {
+        EACH(i, W / 2) {
             b[2 * i] = ZIP(a[i], a[i + W / 2], ZIP_LOW);
             b[2 * i + 1] = ZIP(a[i], a[i + W / 2], ZIP_HIGH);
         }
-#pragma GCC unroll 16
-        for (int i = 0; i < W; i++) a[i] = b[i];
+        EACH(i, W) a[i] = b[i];
     }
 }
 
@@ -149,12 +147,10 @@ AE_INLINE void load_keys(int type, int expanded, tile_data *t, const char *const
                          int64_t byte, int64_t bytes) {
     const int size = expanded ? (int)ae_type_size(type) : 4, parts = 4 / size;
     vf v[W];
-#pragma GCC unroll 16
-    for (int k = 0; k < W; k++) v[k] = load_words(key[i + k] + byte, bytes);
+    EACH(k, W) v[k] = load_words(key[i + k] + byte, bytes);
     transpose(v);
     float *to = t->keys + byte / size * TILE_KEYS + i;
-#pragma GCC unroll 16
-    for (int k = 0; k < W; k++)
+    EACH(k, W)
 #pragma GCC unroll 4
         for (int part = 0; part < parts; part++)
             vf_store(to + (k * parts + part) * TILE_KEYS, expanded ? part_as(type, v[k], part) : v[k]);

@@ -47,6 +47,7 @@ typedef struct tile {
 #define STRETCH 16
 
 AE_INLINE void tile_run(const tile *t, const int type, const int rows) {
+    const int held = HELD(PANEL_VECTORS);
     vf sum[TILE_ROWS][PANEL_VECTORS];
     EACH(m, rows) EACH(v, PANEL_VECTORS) {
         int64_t exist = t->columns - v * W;
@@ -74,13 +75,12 @@ AE_INLINE void tile_run(const tile *t, const int type, const int rows) {
         if (type == AE_F32 || type == AE_F16) {
             for (; k > 0; k--, w += AE_PANEL * (type == AE_F32 ? 4 : 2)) {
                 EACH_HELD(first, PANEL_VECTORS) {
-                    vf b[HELD(PANEL_VECTORS)];
-                    EACH(i, HELD(PANEL_VECTORS))
-                        b[i] = type == AE_F32 ? vf_load((const float *)w + (first + i) * W)
-                                              : vf_load_f16((const uint16_t *)w + (first + i) * W);
+                    vf b[PANEL_VECTORS];
+                    EACH(i, held) b[i] = type == AE_F32 ? vf_load((const float *)w + (first + i) * W)
+                                                        : vf_load_f16((const uint16_t *)w + (first + i) * W);
                     EACH(m, rows) {
                         const vs a = vs_load((const float *)ROW(x, m, stride));
-                        EACH(i, HELD(PANEL_VECTORS)) sum[m][first + i] = vs_fma(a, b[i], sum[m][first + i]);
+                        EACH(i, held) sum[m][first + i] = vs_fma(a, b[i], sum[m][first + i]);
                     }
                 }
                 NEXT_ROWS(x, rows, 4);
@@ -91,11 +91,11 @@ AE_INLINE void tile_run(const tile *t, const int type, const int rows) {
         for (; k > 0; k -= 2, w += AE_PANEL * 4) {
             if (rows > 1) ae_fetch_part(&ahead);
             EACH_HELD(first, PANEL_VECTORS) {
-                vi b[HELD(PANEL_VECTORS)];
-                EACH(i, HELD(PANEL_VECTORS)) b[i] = vi_load((const uint32_t *)w + (first + i) * W);
+                vi b[PANEL_VECTORS];
+                EACH(i, held) b[i] = vi_load((const uint32_t *)w + (first + i) * W);
                 EACH(m, rows) {
                     const bf16_pair a = bf16_pair_of(*(const int32_t *)ROW(x, m, stride));
-                    EACH(i, HELD(PANEL_VECTORS)) sum[m][first + i] = bf16_dot(sum[m][first + i], a, b[i]);
+                    EACH(i, held) sum[m][first + i] = bf16_dot(sum[m][first + i], a, b[i]);
                 }
             }
             NEXT_ROWS(x, rows, 4);
@@ -107,14 +107,14 @@ AE_INLINE void tile_run(const tile *t, const int type, const int rows) {
                 EACH(odd, 2) {
                     const char *pairs = w;
                     __asm__("" : "+r"(pairs)); /* else gcc keeps both halves in registers, and sums not */
-                    vf b[HELD(PANEL_VECTORS)];
-                    EACH(i, HELD(PANEL_VECTORS)) {
+                    vf b[PANEL_VECTORS];
+                    EACH(i, held) {
                         const vi pair = vi_load((const uint32_t *)pairs + (first + i) * W);
                         b[i] = odd ? vi_high_bf16(pair) : vi_low_bf16(pair);
                     }
                     EACH(m, rows) {
                         const vs a = vs_load((const float *)ROW(x, m, stride) + odd);
-                        EACH(i, HELD(PANEL_VECTORS)) sum[m][first + i] = vs_fma(a, b[i], sum[m][first + i]);
+                        EACH(i, held) sum[m][first + i] = vs_fma(a, b[i], sum[m][first + i]);
                     }
                 }
             }

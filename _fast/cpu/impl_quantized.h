@@ -48,7 +48,6 @@ typedef struct int_tile {
     int minimum, resume;
 } int_tile;
 
-#define X(m, k) signed4_set(*(const int32_t *)(ROW(x, m, stride) + (k)))
 #define CODES(v, k) vi_fetch(line + ((k) * AE_PANEL + (v) * W) * 4)
 
 /* Columns of vector v that exist. */
@@ -58,6 +57,7 @@ AE_INLINE int lanes(const int_tile *t, int v) {
 }
 
 AE_INLINE void int_run(const int_tile *t, const int bits, const int rows) {
+    const int held = HELD(PANEL_VECTORS);
     const int64_t stride = t->x_stride;
     vf total[TILE_ROWS][PANEL_VECTORS];
     EACH(v, PANEL_VECTORS) {
@@ -84,15 +84,16 @@ AE_INLINE void int_run(const int_tile *t, const int bits, const int rows) {
                 EACH(k, 4) {
                     EACH_HELD(first, PANEL_VECTORS) {
                         codes low[PANEL_VECTORS], high[PANEL_VECTORS];
-                        EACH(i, HELD(PANEL_VECTORS)) {
+                        EACH(i, held) {
                             const vi both = CODES(first + i, k);
                             low[i] = codes_of_nibbles(vi_low_nibbles(both));
                             high[i] = codes_of_nibbles(vi_high_nibbles(both));
                         }
                         EACH(m, rows) {
-                            const signed4 a = X(m, 8 * k), b = X(m, 8 * k + 4);
-                            EACH(i, HELD(PANEL_VECTORS)) sum[m][first + i] = dot(sum[m][first + i], low[i], a);
-                            EACH(i, HELD(PANEL_VECTORS)) sum[m][first + i] = dot(sum[m][first + i], high[i], b);
+                            const signed4 a = ROW_CODES(x, m, stride, 8 * k);
+                            const signed4 b = ROW_CODES(x, m, stride, 8 * k + 4);
+                            EACH(i, held) sum[m][first + i] = dot(sum[m][first + i], low[i], a);
+                            EACH(i, held) sum[m][first + i] = dot(sum[m][first + i], high[i], b);
                         }
                     }
                 }
@@ -101,10 +102,10 @@ AE_INLINE void int_run(const int_tile *t, const int bits, const int rows) {
                 EACH(k, 8) {
                     EACH_HELD(first, PANEL_VECTORS) {
                         codes both[PANEL_VECTORS];
-                        EACH(i, HELD(PANEL_VECTORS)) both[i] = codes_of(CODES(first + i, k));
+                        EACH(i, held) both[i] = codes_of(CODES(first + i, k));
                         EACH(m, rows) {
-                            const signed4 a = X(m, 4 * k);
-                            EACH(i, HELD(PANEL_VECTORS)) sum[m][first + i] = dot(sum[m][first + i], both[i], a);
+                            const signed4 a = ROW_CODES(x, m, stride, 4 * k);
+                            EACH(i, held) sum[m][first + i] = dot(sum[m][first + i], both[i], a);
                         }
                     }
                 }
@@ -282,6 +283,5 @@ static void quantized_chunk(const linear *l, int64_t row, int64_t rows, int64_t 
 #undef MAX_PREPARED
 #undef TILE_ROWS
 #undef TILE
-#undef X
 #undef CODES
 #undef ENTRY

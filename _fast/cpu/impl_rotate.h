@@ -99,4 +99,3 @@ static void rotate_row(float *x, int64_t k) {
     for (int f = 11; f <= AE_MOST_FACTOR && f <= odd; f += 2)
         for (; odd % f == 0; odd /= f, done *= f) rotate_by_any(x, k, done, f);
 }
-

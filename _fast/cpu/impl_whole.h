@@ -48,12 +48,11 @@ AE_INLINE void whole_store(float *out, vi sum, vf d, float scale, int64_t exist)
         vf_store_n(out, y, (int)exist);
 }
 
-#define X(m, k) signed4_set(*(const int32_t *)(ROW(x, m, stride) + (k)))
 #define AT(v, line) ((v) < PANEL_VECTORS ? (line) : (line) + panel_bytes) /* of vector v's panel */
 
 AE_INLINE void whole_run(const whole_call *t, const int rows, const int panels) {
     const int64_t stride = t->x_stride, panel_bytes = (t->k + 4) * AE_PANEL;
-    const int vectors = panels * PANEL_VECTORS;
+    const int vectors = panels * PANEL_VECTORS, held = HELD(vectors);
     vi sum[TILE_ROWS][2 * PANEL_VECTORS];
     EACH(m, rows) EACH(v, vectors) sum[m][v] = vi_start(&t->rows[m].start);
     const int8_t *x[] = ROW_BASES(t->x, stride);
@@ -63,13 +62,13 @@ AE_INLINE void whole_run(const whole_call *t, const int rows, const int panels) 
         EACH(k, 8) {
             EACH_HELD(first, vectors) {
                 codes w[2 * PANEL_VECTORS];
-                EACH(i, HELD(vectors)) {
+                EACH(i, held) {
                     const int v = first + i;
                     w[i] = codes_of(vi_fetch(AT(v, line) + (k * AE_PANEL + v % PANEL_VECTORS * W) * 4));
                 }
                 EACH(m, rows) {
-                    const signed4 a = X(m, 4 * k);
-                    EACH(i, HELD(vectors)) sum[m][first + i] = dot(sum[m][first + i], w[i], a);
+                    const signed4 a = ROW_CODES(x, m, stride, 4 * k);
+                    EACH(i, held) sum[m][first + i] = dot(sum[m][first + i], w[i], a);
                 }
             }
         }
@@ -178,7 +177,6 @@ static void whole_chunk(const linear *l, int64_t row, int64_t rows, int64_t pane
 
 #undef TILE_ROWS
 #undef PAIR_ROWS
-#undef X
 #undef AT
 #undef TILE
 #undef PAIR

@@ -18,6 +18,8 @@
 /* Row m of x, of at most 12: three rows share one of the addresses of `base`, so that all fit the registers. */
 #define ROW_BASES(x, stride) {(x), (x) + 3 * (stride), (x) + 6 * (stride), (x) + 9 * (stride)}
 #define ROW(base, m, stride) (base[(m) / 3] + (m) % 3 * (stride))
+/* Four codes of it, from code k on, as simd_int.h multiplies them. */
+#define ROW_CODES(base, m, stride, k) signed4_set(*(const int32_t *)(ROW(base, m, stride) + (k)))
 #define NEXT_ROWS(base, rows, bytes) EACH(i, ((rows) + 2) / 3) base[i] += (bytes)
 
 /* F(1) F(2) ... F(rows). */
