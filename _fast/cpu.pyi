@@ -21,11 +21,14 @@ F32: int
 BF16: int
 Q8: int
 Q4: int
+Q16: int
 I8: int
 OPERATION_BYTES: int
 PANEL: int
 WHOLE: int
+WHOLE16: int
 MOST_WHOLE: int
+MOST_WHOLE16: int
 F16: int
 
 def levels() -> list[str]: ...

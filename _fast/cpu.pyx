@@ -20,7 +20,7 @@ from libc.string cimport memset, strerror
 
 cdef extern from "cpu/cpu.h" nogil:
     enum:
-        AE_F32, AE_BF16, AE_F16, AE_Q8, AE_Q4, AE_I8
+        AE_F32, AE_BF16, AE_F16, AE_Q8, AE_Q4, AE_I8, AE_Q16
         AE_TOKENS, AE_SAMPLES
         AE_EMBED, AE_RMS_NORM, AE_LINEAR, AE_ROPE_KV, AE_ATTENTION, AE_SELECT
         AE_ALL_REDUCE, AE_ALL_GATHER, AE_QUANTIZE, AE_HEAD, AE_NUM_OPS
@@ -72,6 +72,7 @@ BF16 = AE_BF16
 F16 = AE_F16
 Q8 = AE_Q8
 Q4 = AE_Q4
+Q16 = AE_Q16
 I8 = AE_I8
 
 OPERATION_BYTES = sizeof(ae_op)
@@ -82,7 +83,7 @@ _LEVELS = (
     *("neon", "neondot", "neonbf16"),
 )
 _TYPES = {"F32": AE_F32, "BF16": AE_BF16, "F16": AE_F16}
-_WEIGHT_TYPES = {**_TYPES, "Q8": AE_Q8, "Q4": AE_Q4}
+_WEIGHT_TYPES = {**_TYPES, "Q16": AE_Q16, "Q8": AE_Q8, "Q4": AE_Q4}
 
 
 def levels():

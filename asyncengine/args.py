@@ -38,14 +38,15 @@ class EngineArgs(msgspec.Struct, frozen=True, kw_only=True):
     trust_remote_code: bool = False
     load_format: str = "auto"
     dtype: str = "auto"
-    """Type of weights and cache; `auto` is that of the checkpoint (on CUDA bfloat16 for float32 ones).
+    """Type of weights and cache; `auto` is that of the checkpoint (on CUDA bfloat16 for float32 ones). CPUs
+    with VNNI but no bfloat16 instructions hold bfloat16 weights as integers of 16 bits, which is more exact.
     Quantized files (GGUF, AWQ, GPTQ, compressed-tensors) keep their weights under `auto` on a CPU, and are
     dequantized to any other, unless `quantization` says more; on CUDA GGUF is always dequantized, under
     `auto` to bfloat16, and the others are refused."""
     quantization: str | None = None
     """`int8` or `int4`: weights of any checkpoint are quantized as they are loaded, and multiplied in
     integers; `gguf`, `awq`, `gptq`, `compressed-tensors`: the weights of such a file stay as they are stored,
-    whatever `dtype`. On a CPU only."""
+    whatever `dtype`, which is more accurate than new codes of 4 bits. On a CPU only."""
     kv_cache_dtype: str = "auto"
     """`int8` (on a CPU) halves the cache, each token and head has a scale; so does `fp8` (on CUDA)."""
     max_model_len: int | None = None

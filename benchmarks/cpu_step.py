@@ -34,7 +34,16 @@ from asyncengine.worker.runner import Runner
 BLOCK = 32
 TRIES = 6
 """Of each peak, before and after a shape: about 0.2 s together with the memory that is read."""
-TYPES = {cpu.F32: "F32", cpu.BF16: "BF16", cpu.F16: "F16", cpu.Q8: "Q8", cpu.Q4: "Q4", cpu.I8: "I8"}
+TYPES = {getattr(cpu, name): name for name in ("F32", "BF16", "F16", "Q16", "Q8", "Q4", "I8")}
+UNITS = {
+    "F32": ("f32", 1),
+    "F16": ("f32", 1),
+    "BF16": ("bf16", 1),
+    "Q16": ("int8", 3),
+    "Q8": ("int8", 1),
+    "Q4": ("int8", 1),
+}
+"""Of a type of weights: what is multiplied, and how many products stand for one."""
 
 
 def start(args: argparse.Namespace) -> Runner:
@@ -94,8 +103,8 @@ def work(operation: Operation, rows: list[tuple[int, int, int]]) -> tuple[int, s
         dtype = TYPES[n[2]]
         nbytes = cpu.packed_bytes(n[0], n[1], dtype, n[4], bool(n[5]))
         tokens = len(rows) if operation.rows == Rows.SAMPLES else sum(count for _, _, count in rows)
-        unit = {"F32": "f32", "F16": "f32", "BF16": "bf16", "Q8": "int8", "Q4": "int8"}[dtype]
-        return nbytes, unit, 2 * tokens * n[0] * n[1]
+        unit, products = UNITS[dtype]
+        return nbytes, unit, products * 2 * tokens * n[0] * n[1]
     if operation.code == Code.ATTENTION:
         q_heads, kv_heads, head_dim, _, block, kv_type, *_ = n
         position = 2 * cpu.kv_block_bytes(TYPES[kv_type], kv_heads, block, head_dim) // block

@@ -12,9 +12,9 @@
 
 #include "fetch.h"
 
-/* AE_Q8, AE_Q4: weights of 8 and 4 bits in groups, multiplied in integers (quantized.h). AE_I8: keys and
- * values of 8 bits with a scale each (attention.h). */
-enum ae_dtype { AE_F32 = 0, AE_BF16 = 1, AE_F16 = 2, AE_Q8 = 3, AE_Q4 = 4, AE_I8 = 5 };
+/* AE_Q16, AE_Q8, AE_Q4: weights of so many bits, multiplied in integers (quantized.h). AE_I8: keys and values
+ * of 8 bits with a scale each (attention.h). */
+enum ae_dtype { AE_F32 = 0, AE_BF16 = 1, AE_F16 = 2, AE_Q8 = 3, AE_Q4 = 4, AE_I8 = 5, AE_Q16 = 6 };
 
 /* How AE_LINEAR ends. */
 enum ae_mode {
@@ -50,11 +50,11 @@ enum ae_code {
     AE_EMBED,
     /* Where an op's output is read by quantized linears, p4 takes it as quantized rows of group n3
      * (quantized.h), and p0 may be NULL; else p4 is NULL. So it is in AE_RMS_NORM, AE_SELECT and, for groups
-     * but not for AE_WHOLE rows, which many threads write, AE_LINEAR with AE_GATED and AE_ATTENTION.
+     * but not for whole rows, which many threads write, AE_LINEAR with AE_GATED and AE_ATTENTION.
      *
      * p0 out · p1 x · p2 weight f32 [H] · n0 H · f0 eps:  out = x / sqrt(mean(x^2) + eps) * weight */
     AE_RMS_NORM,
-    /* p0 out · p1 x [M,K], for AE_Q8 and AE_Q4 weights quantized rows of group n4 · p2 weight, packed
+    /* p0 out · p1 x [M,K], for quantized weights quantized rows of group n4 · p2 weight, packed
      * (pack.h) · p3 bias f32 [N] or NULL · n0 N · n1 K · n2 weight type · n4 group size and n5 has-minimum of
      * quantized weights · n6 mode (enum ae_mode):  y = x @ weight.T + bias */
     AE_LINEAR,

@@ -1,5 +1,5 @@
-/* Linear layers with 8-bit weights of whole rows on tile registers (impl_amx_block.h): a step is 64 k. Sums are
- * integers, and wrap as those of impl_whole.h do: outputs are the same to the bit.
+/* Linear layers with weights of whole rows on tile registers (impl_amx_block.h): a step is 64 k. Sums are
+ * integers, and wrap as those of impl_whole.h do: outputs are the same to the bit. 4-bit codes are spread first.
  *
  * Codes of x are read where they lie. Their rows are whole lines of the cache, an odd number of them where K is
  * a multiple of 128, so that they do not compete for places in the L1 cache; to lay out 96 of them for an item
@@ -27,7 +27,7 @@ static void tiled_whole_panel(const whole_call *t, int64_t rows, int32_t *sums) 
     const int64_t last_block = (rows - 1) / BLOCK_ROWS * BLOCK_ROWS;
     const int64_t whole = t->k / TILE_ROW_BYTES, steps = (t->k + TILE_ROW_BYTES - 1) / TILE_ROW_BYTES;
     const int64_t most = rows <= BLOCK_ROWS ? steps : SHARED_STEPS;
-    const char *w = t->w + 4 * AE_PANEL;
+    const char *w = t->w + AE_WHOLE_SCALES;
     if (whole < steps) fill_last(last, w + whole * STEP_BYTES, t->k * AE_PANEL - whole * STEP_BYTES);
     for (int64_t start = 0; start < steps; start += most)
         for (int64_t row = 0; row < rows; row += BLOCK_ROWS) {
@@ -66,11 +66,12 @@ static void tiled_whole_chunk(const linear *l, int64_t row, int64_t rows, int64_
                               float *out, int64_t stride, int64_t columns, const ae_thread *thread) {
     whole_call t = whole_begin(l, row, rows, panel, out, stride, columns, thread);
     int32_t *sums = (int32_t *)((char *)thread->scratch + GROUP_ROWS * sizeof(whole_row));
-    t.every = FETCH_EVERY * ((rows + BLOCK_ROWS - 1) / BLOCK_ROWS);
     configure_tiles(rows);
     for (; panels; panels--) {
         whole_fetch(l, &t, 1, panels);
-        tiled_whole_panel(&t, rows, sums);
+        whole_call now = l->type == AE_Q4 ? spread(t, 1, thread) : t;
+        now.every *= (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+        tiled_whole_panel(&now, rows, sums);
         whole_next(l, &t, 1);
     }
     TILE_RELEASE();

@@ -17,6 +17,7 @@
 #include "impl_quantize.h"
 #include "impl_quantized.h"
 #include "impl_whole.h"
+#include "impl_whole16.h"
 
 typedef void (*chunk_fn)(const linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels, float *out,
                          int64_t stride, int64_t columns, const ae_thread *thread);
@@ -147,7 +148,7 @@ static cut begin_linear(const ae_op *op, linear *l, const ae_step *step, const a
         const int64_t bytes = panel_bytes_of(l);
         ae_fetch_begin(thread->fetch, l->weight + s.panel * bytes, (s.stop - s.panel) * bytes, next);
     }
-    if (ae_is_quantized(l) && l->group != AE_WHOLE) prepare_quantized(l, thread);
+    if (l->group > 0) prepare_quantized(l, thread);
     return c;
 }
 
@@ -167,10 +168,14 @@ static void add_bias(float *out, int64_t stride, int64_t rows, int64_t columns, 
 /* The item's x @ weight.T + bias, its first `columns` columns. */
 static void linear_item(const linear *l, const item *it, float *out, int64_t stride, int64_t columns,
                         const ae_thread *thread) {
-    chunk_fn chunk = l->group == AE_WHOLE ? whole_chunk : ae_is_quantized(l) ? quantized_chunk : float_chunk;
+    chunk_fn chunk = l->group == AE_WHOLE     ? whole_chunk
+                     : l->group == AE_WHOLE16 ? whole16_chunk
+                     : l->group               ? quantized_chunk
+                                              : float_chunk;
 #if defined(AE_LEVEL_AMX)
     if (l->type == AE_BF16) chunk = tiled_chunk;
-    if (l->group == AE_WHOLE && it->rows > VNNI_ROWS) chunk = tiled_whole_chunk;
+    if (l->group == AE_WHOLE && it->rows > VNNI_ROWS && (l->type == AE_Q8 || can_spread(l, 1)))
+        chunk = tiled_whole_chunk;
 #endif
     chunk(l, it->row, it->rows, it->panel, it->panels, out, stride, columns, thread);
     if (l->bias) add_bias(out, stride, it->rows, columns, l->bias + it->panel * AE_PANEL);

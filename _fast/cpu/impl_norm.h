@@ -5,7 +5,7 @@
 #include "simd.h"
 
 /* out = x / sqrt(mean(x^2) + eps) * weight over n elements, as floats (out may be x, or NULL) and as a
- * quantized row of `group` (row8 may be NULL). `spare` is memory for n floats, if the group is AE_WHOLE. */
+ * quantized row of `group` (row8 may be NULL). `spare` is memory for n floats, if that is whole. */
 AE_INLINE void norm_row(float *out, int8_t *row8, int64_t group, const float *x, const float *weight,
                         int64_t n, float eps, float *spare) {
     enum { CHUNK = 512 };
@@ -23,7 +23,7 @@ AE_INLINE void norm_row(float *out, int8_t *row8, int64_t group, const float *x,
     }
     float sum = vf_sum(vf_add(vf_add(sums[0], sums[1]), vf_add(sums[2], sums[3])));
     const vf scale = vf_set(1.0f / sqrtf(sum / (float)n + eps));
-    const int whole = row8 && group == AE_WHOLE;
+    const int whole = row8 && ae_is_whole(group);
     float staged[CHUNK];
     for (int64_t begin = 0; begin < n; begin += CHUNK) {
         const int64_t end = begin + CHUNK < n ? begin + CHUNK : n;
@@ -37,7 +37,7 @@ AE_INLINE void norm_row(float *out, int8_t *row8, int64_t group, const float *x,
         }
         if (row8 && !whole) quantize_groups(row8, to, n, group, begin, end);
     }
-    if (whole) quantize_whole(row8, out ? memcpy(spare, out, (size_t)n * sizeof *out) : spare, n);
+    if (whole) quantize_whole(row8, out ? memcpy(spare, out, (size_t)n * sizeof *out) : spare, n, group);
 }
 
 AE_INLINE void rms_norm(float *out, const float *x, const float *weight, int64_t n, float eps) {

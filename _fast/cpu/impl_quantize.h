@@ -75,14 +75,22 @@ AE_INLINE vi codes_add(vi a, vi b) { return a + b; }
 AE_INLINE int32_t codes_sum(vi a) { return (a[0] + a[1]) + (a[2] + a[3]); }
 #endif
 
+/* x[i .. i + W), zeros from n on. */
+#define VECTOR_OF(x, i, n) \
+    ((n) - (i) >= W ? vf_load((x) + (i)) : (n) - (i) > 0 ? vf_load_n((x) + (i), (int)((n) - (i))) : vf_zero())
+
+/* The bits of the largest |x| of n values, of which zeros fill up `width`. */
+AE_INLINE int32_t peak_bits(const float *x, int64_t n, const int64_t width) {
+    vi peaks = peak_zero();
+    for (int64_t i = 0; i < width; i += W) peaks = peak_max(peaks, VECTOR_OF(x, i, n));
+    return peak_of(peaks);
+}
+
 /* n values of a group as `group` codes. */
 AE_INLINE void quantize_group(int8_t *q, float *scale, int32_t *sum, const float *x, int64_t n,
                               const int64_t group) {
-#define GROUP_VECTOR(i) \
-    (n - (i) >= W ? vf_load(x + (i)) : n - (i) > 0 ? vf_load_n(x + (i), (int)(n - (i))) : vf_zero())
-    vi peaks = peak_zero(), sums = peak_zero();
-    for (int64_t i = 0; i < group; i += W) peaks = peak_max(peaks, GROUP_VECTOR(i));
-    const int32_t bits = peak_of(peaks);
+    vi sums = peak_zero();
+    const int32_t bits = peak_bits(x, n, group);
     const float peak = ae_bits_f32((uint32_t)bits);
     if (bits >= INFINITE_BITS || peak < LEAST_PEAK) {
         memset(q, 0, (size_t)group);
@@ -92,13 +100,12 @@ AE_INLINE void quantize_group(int8_t *q, float *scale, int32_t *sum, const float
     }
     const vf inverse = vf_set(127.0f / peak);
     for (int64_t i = 0; i < group; i += W) {
-        vi codes = to_codes(vf_mul(GROUP_VECTOR(i), inverse));
+        vi codes = to_codes(vf_mul(VECTOR_OF(x, i, n), inverse));
         store_codes(q + i, codes);
         sums = codes_add(sums, codes);
     }
     *scale = peak / 127.0f;
     *sum = codes_sum(sums);
-#undef GROUP_VECTOR
 }
 
 AE_INLINE void quantize_run(int8_t *row8, const float *x, int64_t k, int64_t begin, int64_t end,
@@ -123,17 +130,48 @@ static inline void quantize_groups(int8_t *row8, const float *x, int64_t k, int6
         quantize_run(row8, x, k, begin, end, 128);
 }
 
+/* k values in 16 bits. */
+static void quantize_pairs(int8_t *row8, const float *x, int64_t k) {
+    const int64_t width = ae_group_width(k, AE_WHOLE16);
+    float *scale = ae_row8_scales(row8, k, AE_WHOLE16);
+    int32_t *sums = ae_row8_sums(row8, k, AE_WHOLE16);
+    vi high_sum = peak_zero(), low_sum = peak_zero();
+    const int32_t bits = peak_bits(x, k, width);
+    const float peak = ae_bits_f32((uint32_t)bits);
+    if (bits >= INFINITE_BITS || peak < LEAST_PEAK) {
+        memset(row8, 0, (size_t)(2 * width));
+        *scale = bits >= INFINITE_BITS ? NAN : 0.0f;
+        sums[0] = sums[1] = 0;
+        return;
+    }
+    const vf in_highs = vf_set((float)AE_MOST16 / AE_HIGH / peak), in_lows = vf_set(AE_MOST16 / peak);
+    for (int64_t i = 0; i < width; i += W) {
+        const vf v = VECTOR_OF(x, i, k), high = vf_round(vf_mul(v, in_highs));
+        const vi h = to_codes(high), l = to_codes(vf_fma(high, vf_set(-AE_HIGH), vf_mul(v, in_lows)));
+        store_codes(row8 + i, h);
+        store_codes(row8 + width + i, l);
+        high_sum = codes_add(high_sum, h);
+        low_sum = codes_add(low_sum, l);
+    }
+    *scale = peak / AE_MOST16;
+    sums[0] = codes_sum(high_sum);
+    sums[1] = codes_sum(low_sum);
+}
+
 /* A whole row, rotated; x is left so. */
-static void quantize_whole(int8_t *row8, float *x, int64_t k) {
+static void quantize_whole(int8_t *row8, float *x, int64_t k, int64_t group) {
     rotate_row(x, k);
-    quantize_group(row8, ae_row8_scales(row8, k, AE_WHOLE), ae_row8_sums(row8, k, AE_WHOLE), x, k,
-                   ae_group_width(k, AE_WHOLE));
+    if (group == AE_WHOLE16)
+        quantize_pairs(row8, x, k);
+    else
+        quantize_group(row8, ae_row8_scales(row8, k, group), ae_row8_sums(row8, k, group), x, k,
+                       ae_group_width(k, group));
 }
 
 /* `spare` is memory for k floats. */
 static inline void quantize_row(int8_t *row8, const float *x, int64_t k, int64_t group, float *spare) {
-    if (group == AE_WHOLE)
-        quantize_whole(row8, memcpy(spare, x, (size_t)k * sizeof *x), k);
+    if (ae_is_whole(group))
+        quantize_whole(row8, memcpy(spare, x, (size_t)k * sizeof *x), k, group);
     else
         quantize_groups(row8, x, k, group, 0, k);
 }
@@ -143,7 +181,7 @@ static void k_quantize(const ae_op *op, const ae_step *step, const ae_thread *th
     const int64_t k = op->n[0], group = op->n[3], chunks = (k + CHUNK - 1) / CHUNK;
     const int64_t bytes = ae_row8_bytes(k, group);
     int64_t lo, hi;
-    if (group == AE_WHOLE) {
+    if (ae_is_whole(group)) {
         ae_share(thread, ae_rows_of(op, step), 1, &lo, &hi);
         for (int64_t m = lo; m < hi; m++) {
             const float *x = (const float *)op->p[1] + m * k;
@@ -161,5 +199,5 @@ static void k_quantize(const ae_op *op, const ae_step *step, const ae_thread *th
     }
 }
 
-#undef LEAST_PEAK
 #undef INFINITE_BITS
+#undef VECTOR_OF

@@ -30,10 +30,24 @@ static void unpack_quantized(float *out, const char *part, int lane, int64_t k, 
     }
 }
 
-static void unpack_whole(float *out, const char *panel, int lane, int64_t k) {
+/* Value i of a lane of whole rows, in units of its scale. */
+AE_INLINE int whole_value(const uint8_t *codes, int type, int lane, int64_t i) {
+    codes += i / 32 * ae_whole_part_bytes(type);
+    const int64_t at = i % 32;
+    if (type == AE_Q4) {
+        const uint8_t *steps = codes + lane * 2; /* the least code, and the step */
+        const int both = codes[AE_WHOLE_STEPS + (at / 8 * AE_PANEL + lane) * 4 + at % 4];
+        return steps[0] + steps[1] * (at % 8 < 4 ? both & 15 : both >> 4) - 128;
+    }
+    if (type == AE_Q8) return codes[(at / 4 * AE_PANEL + lane) * 4 + at % 4] - 128;
+    codes += (at / 4 * 2 * AE_PANEL + lane) * 4 + at % 4;
+    return AE_HIGH * (codes[0] - 128) + codes[4 * AE_PANEL] - 128;
+}
+
+static void unpack_whole(float *out, const char *panel, int lane, int64_t k, int type) {
     const float d = unpacked(panel + lane * 4, AE_F32);
-    const uint8_t *q = (const uint8_t *)panel + 128 + lane * 4;
-    for (int64_t i = 0; i < k; i++) out[i] = d * (float)(q[i / 4 * AE_PANEL * 4 + i % 4] - 128);
+    const uint8_t *codes = (const uint8_t *)panel + AE_WHOLE_SCALES;
+    for (int64_t i = 0; i < k; i++) out[i] = d * (float)whole_value(codes, type, lane, i);
     rotate_row(out, k);
 }
 
@@ -42,8 +56,8 @@ static void unpack_row(float *out, const char *weight, int64_t row, int64_t k, i
                        int minimum) {
     const char *panel = weight + row / AE_PANEL * ae_panel_bytes(k, type, group, minimum);
     const int64_t lane = row % AE_PANEL;
-    if (group == AE_WHOLE) {
-        unpack_whole(out, panel, (int)lane, k);
+    if (ae_is_whole(group)) {
+        unpack_whole(out, panel, (int)lane, k, type);
     } else if (type == AE_Q8 || type == AE_Q4) {
         unpack_quantized(out, panel, (int)lane, k, type, group, minimum);
     } else if (type == AE_BF16) {

@@ -23,5 +23,3 @@ static inline int is_small(const linear *l) { return l->m <= GROUP_ROWS; }
 /* The bytes that a tile reads before it asks for more, where no other tile reads the same: somewhat less than
  * what it gets, for regions end in odd places. */
 #define FETCH_EVERY (AE_FETCH_BYTES * 15 / 16)
-
-static inline int ae_is_quantized(const linear *l) { return l->type == AE_Q8 || l->type == AE_Q4; }

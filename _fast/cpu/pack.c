@@ -80,8 +80,8 @@ static void pack_plain(void *packing, const ae_thread *thread) {
 
 int ae_pack(ae_team *team, const ae_kernels *kernels, const ae_source *source, const ae_target *target) {
     ae_packing p = {source, target};
-    const int quantized = target->type == AE_Q8 || target->type == AE_Q4;
-    ae_job job = target->group == AE_WHOLE ? kernels->pack_whole : quantized ? ae_pack_quantized : pack_plain;
+    const int64_t group = target->group;
+    ae_job job = ae_is_whole(group) ? kernels->pack_whole : group ? ae_pack_quantized : pack_plain;
     return ae_team_run(team, job, &p);
 }
 

@@ -19,7 +19,7 @@
 /* Bytes of the first k steps of a panel (all of it for k = K). Quantized types also need their group size, of
  * which k is a multiple or K, and whether there are minima. */
 static inline int64_t ae_panel_bytes(int64_t k, int type, int64_t group, int minimum) {
-    if (group == AE_WHOLE) return ae_whole_panel_bytes(k);
+    if (ae_is_whole(group)) return ae_whole_panel_bytes(k, type);
     if (type == AE_Q8 || type == AE_Q4) return ae_groups(k, group) * ae_group_bytes(type, group, minimum);
     if (type == AE_F32) return k * AE_PANEL * 4;
     return (type == AE_BF16 ? (k + 1) / 2 * 2 : k) * AE_PANEL * 2;

@@ -6,6 +6,7 @@
  *               with its codes' least-squares fit
  * A group that holds a NaN or an infinity has a NaN as its scale.
  */
+#include "fit.h"
 #include "half.h"
 #include "pack.h"
 #include "simd.h"
@@ -15,33 +16,11 @@
 /* Panels packed at a time: where the stored rows lie side by side, so many share a cache line. */
 #define PANELS 4
 #define NOT_FINITE 0x7E00
-/* Candidates for the range of 4-bit codes: the whole one, and smaller by this share of it each time. */
-#define RANGES 10
-#define SHRINK 0.035f
 
 typedef struct coded {
     uint8_t q[MAX_GROUP];
     uint16_t d, m;
 } coded;
-
-typedef struct range {
-    float low, high, peak; /* peak: the value of largest magnitude */
-} range;
-
-/* x is padded to whole vectors with its own last value; NaNs and infinities give an infinite range. */
-static range range_of(const float *x, int64_t n) {
-    vf low = vf_load(x), high = low, bad = vf_zero();
-    for (int64_t i = 0; i < n; i += W) {
-        vf v = vf_load(x + i);
-        low = vf_min(low, v);
-        high = vf_max(high, v);
-        bad = vf_fma(v, vf_zero(), bad);
-    }
-    range r = {-vf_hmax(vf_sub(vf_zero(), low)), vf_hmax(high), 0};
-    if (vf_sum(bad) != 0) r.low = -INFINITY, r.high = INFINITY;
-    r.peak = -r.low > r.high ? r.low : r.high;
-    return r;
-}
 
 /* Codes (x - minimum) / scale, rounded and limited to [0, most]. */
 static void encode(coded *c, const float *x, int64_t n, float scale, float minimum, int most) {
@@ -67,25 +46,6 @@ static void finish_symmetric(coded *c, const float *x, int64_t n, float scale, i
     finish(c, x, n, d, -(float)zero * d, 2 * zero - 1);
 }
 
-/* Sums over a group's codes l in [first, first + 15] of x / scale: what least squares needs. */
-typedef struct moments {
-    float l, ll, xl;
-} moments;
-
-static moments moments_of(const float *x, int64_t n, float scale, float minimum, float first) {
-    const vf inverse = vf_set(1 / scale), least = vf_set(first), most = vf_set(first + 15);
-    const vf shift = vf_set(-minimum / scale);
-    vf l = vf_zero(), ll = vf_zero(), xl = vf_zero();
-    for (int64_t i = 0; i < n; i += W) {
-        const vf v = vf_load(x + i);
-        const vf q = vf_max(least, vf_min(most, vf_round(vf_fma(v, inverse, shift))));
-        l = vf_add(l, q);
-        ll = vf_fma(q, q, ll);
-        xl = vf_fma(v, q, xl);
-    }
-    return (moments){vf_sum(l), vf_sum(ll), vf_sum(xl)};
-}
-
 static void search_symmetric(coded *c, const float *x, int64_t n, range r) {
     /* Codes reach one further down than up: the peak takes the lower end. */
     float best = -1, scale = r.peak / -8;
@@ -95,25 +55,6 @@ static void search_symmetric(coded *c, const float *x, int64_t n, range r) {
         if (explained > best) best = explained, scale = s.xl / s.ll;
     }
     finish_symmetric(c, x, n, scale, 8);
-}
-
-static void search(coded *c, const float *x, int64_t n, range r) {
-    const float width = (r.high - r.low) / 15, middle = (r.low + r.high) / 2, count = (float)n;
-    vf sum = vf_zero();
-    for (int64_t i = 0; i < n; i += W) sum = vf_add(sum, vf_sub(vf_load(x + i), vf_set(middle)));
-    const float mean = vf_sum(sum) / count; /* from the middle, as x below: their squares would swallow it */
-    float centred[MAX_GROUP], best = -1, scale = width, minimum = r.low;
-    for (int64_t i = 0; i < n; i += W) vf_store(centred + i, vf_sub(vf_load(x + i), vf_set(middle)));
-    for (int i = 0; i < RANGES; i++) {
-        const float d = width * (1.02f - SHRINK * (float)i);
-        const moments s = moments_of(centred, n, d, -7.5f * d, 0);
-        const float spread = s.ll - s.l * s.l / count, together = s.xl - mean * s.l;
-        if (!(spread > 0 && together * together / spread > best)) continue;
-        best = together * together / spread;
-        scale = together / spread;
-        minimum = middle + mean - scale * s.l / count;
-    }
-    finish(c, x, n, scale, minimum, 15);
 }
 
 /* n whole vectors of x with scales of their own. */
@@ -129,7 +70,8 @@ static void quantize(coded *c, const float *x, int64_t n, const ae_target *t) {
     } else if (t->type == AE_Q8) {
         finish_symmetric(c, x, n, fabsf(r.peak) / 127, 128);
     } else if (t->minimum) {
-        search(c, x, n, r);
+        const fit best = fit_of(x, n, r);
+        finish(c, x, n, best.scale, best.minimum, 15);
     } else {
         search_symmetric(c, x, n, r);
     }

@@ -6,11 +6,18 @@
  * in the middle of a range where floats are one apart, so that the bits of a biased sum are that float's: no
  * conversion, and a fused multiply-add takes the bias out again. (Where that is not fused there is no bias.)
  *
+ * 4-bit codes of whole rows stand for bytes, least + step * code (quantized.h). `steps` holds both for W
+ * outputs, the step in either half of a lane: so it multiplies two codes at once, for no result passes a byte.
+ *
  * dot() is exact at every level. Without VNNI the bytes are widened to 16 bits, even and odd ones apart: the
  * instruction that multiplies bytes directly would saturate.
  */
 #pragma once
 #include "simd.h"
+
+#if defined(AE_LEVEL_AVX512) || defined(AE_LEVEL_AVX2)
+typedef struct steps { vi step, step_high, least; } steps;
+#endif
 
 #if defined(AE_LEVEL_AVX512)
 
@@ -23,6 +30,20 @@ AE_INLINE vf vi_to_vf(vi a) { return _mm512_cvtepi32_ps(a); }
 AE_INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 AE_INLINE vi vi_low_nibbles(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 AE_INLINE vi vi_high_nibbles(vi a) { return vi_low_nibbles(_mm512_srli_epi16(a, 4)); }
+AE_INLINE steps steps_of(const uint8_t *p) {
+    const vi both = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    const vi second = _mm512_set4_epi32((int)0x800D800D, (int)0x80098009, (int)0x80058005, (int)0x80018001);
+    const vi step = _mm512_shuffle_epi8(both, second);
+    const vi least = _mm512_shuffle_epi8(both, _mm512_set4_epi32(0x0C0C0C0C, 0x08080808, 0x04040404, 0));
+    return (steps){step, _mm512_slli_epi16(step, 12), least};
+}
+AE_INLINE vi vi_low_codes(vi a, steps s) {
+    return _mm512_add_epi8(_mm512_mullo_epi16(vi_low_nibbles(a), s.step), s.least);
+}
+AE_INLINE vi vi_high_codes(vi a, steps s) {
+    const vi high = _mm512_and_si512(a, _mm512_set1_epi8((char)0xF0));
+    return _mm512_add_epi8(_mm512_mulhi_epu16(high, s.step_high), s.least);
+}
 
 #if defined(AE_LEVEL_AVX512VNNI)
 typedef vi codes;
@@ -77,6 +98,19 @@ AE_INLINE vf vi_biased(vi a) { return _mm256_castsi256_ps(a); }
 AE_INLINE vf vi_to_vf(vi a) { return _mm256_cvtepi32_ps(a); }
 AE_INLINE vi vi_low_nibbles(vi a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
 AE_INLINE vi vi_high_nibbles(vi a) { return vi_low_nibbles(_mm256_srli_epi16(a, 4)); }
+AE_INLINE steps steps_of(const uint8_t *p) {
+    const vi both = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    const vi step = _mm256_mullo_epi32(_mm256_srli_epi32(both, 8), _mm256_set1_epi32(0x10001));
+    const vi least = _mm256_and_si256(both, _mm256_set1_epi32(255));
+    return (steps){step, _mm256_slli_epi16(step, 12), _mm256_mullo_epi32(least, _mm256_set1_epi32(0x1010101))};
+}
+AE_INLINE vi vi_low_codes(vi a, steps s) {
+    return _mm256_add_epi8(_mm256_mullo_epi16(vi_low_nibbles(a), s.step), s.least);
+}
+AE_INLINE vi vi_high_codes(vi a, steps s) {
+    const vi high = _mm256_and_si256(a, _mm256_set1_epi8((char)0xF0));
+    return _mm256_add_epi8(_mm256_mulhi_epu16(high, s.step_high), s.least);
+}
 
 #if defined(AE_LEVEL_AVXVNNI)
 typedef vi codes;
@@ -103,12 +137,25 @@ AE_INLINE vi dot(vi sum, codes w, signed4 x) {
 #else /* four lanes */
 
 typedef uint8_t vbytes __attribute__((vector_size(16)));
+typedef uint16_t vwords __attribute__((vector_size(16)));
+typedef struct steps { vi step, least; } steps;
 
 AE_INLINE vi vi_set(int32_t x) { return (vi){x, x, x, x}; }
 AE_INLINE void vi_store(void *p, vi a) { memcpy(p, &a, sizeof a); }
 AE_INLINE vf vi_to_vf(vi a) { return __builtin_convertvector(a, vf); }
 AE_INLINE vi vi_low_nibbles(vi a) { return (vi)((vbytes)a & 15); }
 AE_INLINE vi vi_high_nibbles(vi a) { return (vi)((vbytes)a >> 4); }
+AE_INLINE steps steps_of(const uint8_t *p) {
+    vh halves;
+    memcpy(&halves, p, sizeof halves);
+    const vu both = __builtin_convertvector(halves, vu);
+    return (steps){(vi)((both >> 8) * 0x10001), (vi)((both & 255) * 0x1010101)};
+}
+AE_INLINE vi codes_in_steps(vi nibbles, steps s) {
+    return (vi)((vbytes)((vwords)nibbles * (vwords)s.step) + (vbytes)s.least);
+}
+AE_INLINE vi vi_low_codes(vi a, steps s) { return codes_in_steps(vi_low_nibbles(a), s); }
+AE_INLINE vi vi_high_codes(vi a, steps s) { return codes_in_steps(vi_high_nibbles(a), s); }
 
 #if defined(AE_LEVEL_NEON)
 

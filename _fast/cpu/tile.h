@@ -22,6 +22,10 @@
 #define ROW_CODES(base, m, stride, k) signed4_set(*(const int32_t *)(ROW(base, m, stride) + (k)))
 #define NEXT_ROWS(base, rows, bytes) EACH(i, ((rows) + 2) / 3) base[i] += (bytes)
 
+/* Four codes of each of a panel's outputs, as whole rows have them: their bytes, and where vector v starts. */
+#define LINE_BYTES (4 * AE_PANEL)
+#define IN_LINE(v) ((v) % PANEL_VECTORS * W * 4)
+
 /* F(1) F(2) ... F(rows). */
 #define UP_TO(rows, F) UP_TO_(rows, F)
 #define UP_TO_(rows, F) UP_TO_##rows(F)
@@ -29,4 +33,5 @@
 #define UP_TO_3(F) UP_TO_2(F) F(3)
 #define UP_TO_6(F) UP_TO_3(F) F(4) F(5) F(6)
 #define UP_TO_7(F) UP_TO_6(F) F(7)
-#define UP_TO_12(F) UP_TO_7(F) F(8) F(9) F(10) F(11) F(12)
+#define UP_TO_10(F) UP_TO_7(F) F(8) F(9) F(10)
+#define UP_TO_12(F) UP_TO_10(F) F(11) F(12)

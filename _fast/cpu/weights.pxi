@@ -31,14 +31,16 @@ cdef extern from "cpu/pack.h" nogil:
 
 cdef extern from "cpu/quantized.h" nogil:
     enum:
-        AE_WHOLE
-    int64_t AE_MOST_WHOLE
+        AE_WHOLE, AE_WHOLE16
+    int64_t AE_MOST_WHOLE, AE_MOST_WHOLE16
     int64_t ae_row8_bytes(int64_t k, int64_t group)
 
 
 PANEL = AE_PANEL
 WHOLE = AE_WHOLE
+WHOLE16 = AE_WHOLE16
 MOST_WHOLE = AE_MOST_WHOLE
+MOST_WHOLE16 = AE_MOST_WHOLE16
 _SOURCE_TYPES = {
     "F32": AE_SRC_F32,
     "BF16": AE_SRC_BF16,
@@ -77,10 +79,11 @@ def source_format(str src_dtype not None):
 
 
 cdef int _check_group(int64_t group, int64_t k, str what) except -1:
-    if group not in (32, 64, 128, AE_WHOLE):
-        raise ValueError(f"groups of {what} are 32, 64 or 128 columns, or WHOLE, got {group}")
-    if group == AE_WHOLE and k > AE_MOST_WHOLE:
-        raise ValueError(f"{what} in WHOLE rows have at most {AE_MOST_WHOLE} columns, got {k}")
+    if group not in (32, 64, 128, AE_WHOLE, AE_WHOLE16):
+        raise ValueError(f"groups of {what} are 32, 64 or 128 columns, WHOLE or WHOLE16, got {group}")
+    cdef int64_t most = AE_MOST_WHOLE16 if group == AE_WHOLE16 else AE_MOST_WHOLE
+    if group < 0 and k > most:
+        raise ValueError(f"{what} in whole rows have at most {most} columns, got {k}")
     return 0
 
 
@@ -95,17 +98,19 @@ def quantized_row_bytes(int64_t k, int64_t group):
 # The `enum ae_dtype` of a packed weight, after checking that its groups suit it.
 cdef int _weight_type(str dtype, int64_t k, int64_t group, bint minimum) except -1:
     cdef int type = _lookup(_WEIGHT_TYPES, dtype, "weight type")
-    if type == AE_Q8 or type == AE_Q4:
+    if type == AE_Q16 or type == AE_Q8 or type == AE_Q4:
         _check_group(group, k, f"{dtype} weights")
-        if group == AE_WHOLE and (type == AE_Q4 or minimum):
-            raise ValueError("weights in WHOLE rows are Q8 without minima")
+        if group < 0 and minimum:
+            raise ValueError("weights in whole rows have no minima")
+        if (type == AE_Q16) != (group == AE_WHOLE16):
+            raise ValueError(f"Q16 weights, and no others, are in WHOLE16 rows, got {dtype} in {group}")
     elif group or minimum:
         raise ValueError(f"{dtype} weights have no groups")
     return type
 
 
 def packed_bytes(int64_t n, int64_t k, str dtype not None, int64_t group=0, bint minimum=False):
-    """Bytes of a packed [n, k] weight of type `dtype`: F32, BF16, F16, or Q8 or Q4 in groups."""
+    """Bytes of a packed [n, k] weight of type `dtype`: F32, BF16, F16, or Q16, Q8 or Q4 in groups."""
     if n < 0 or k < 0:
         raise ValueError(f"the shape must not be negative, got [{n}, {k}]")
     return ae_packed_bytes(n, k, _weight_type(dtype, k, group, minimum), group, minimum)

@@ -20,10 +20,12 @@ FORMATS = {
     "f32": ("F32", 0, False, "F32"),
     "bf16": ("BF16", 0, False, "BF16"),
     "f16": ("F16", 0, False, "F16"),
+    "pairs": ("Q16", cpu.WHOLE16, False, "BF16"),
     "int8": ("Q8", 32, False, "I8"),
     "int8-whole": ("Q8", cpu.WHOLE, False, "BF16"),
     "int8-minimum": ("Q8", 64, True, "BF16"),
     "int4": ("Q4", 32, False, "BF16"),
+    "int4-whole": ("Q4", cpu.WHOLE, False, "BF16"),
     "int4-minimum": ("Q4", 128, True, "I8"),
 }
 # New tokens per sequence, step by step: chunked prefills, mixed batches, decode of 1 to 9 rows. The first

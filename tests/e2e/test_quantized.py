@@ -23,8 +23,8 @@ FORMATS = [
     {"quantization": "gguf", "dtype": "float32"},
 ]
 # Mean absolute error of the chosen tokens' logprobs. The file's own rounding is in the reference too; what
-# is left is that of the activations and, for int4, of codes made from codes.
-LIMITS = [0.12, 0.12, 0.2, 0.12, 0.12]
+# is left is that of the activations, of 8 bits, and of int4's codes: half a nat on this small a model.
+LIMITS = [0.12, 0.12, 0.6, 0.12, 0.12]
 
 
 def name(engine):

@@ -13,7 +13,7 @@ from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 from asyncengine._fast import cpu
-from asyncengine._fast.cpu import WHOLE, head_bytes, quantized_row_bytes
+from asyncengine._fast.cpu import head_bytes, quantized_row_bytes
 
 from ...checkpoint.spec import KVDType, ModelSpec
 from ..models.parameters import Embedding, Linear, Vector
@@ -21,7 +21,7 @@ from .weight_format import WeightFormat
 
 __all__ = ["KV_TYPES", "Operation", "Packed", "Placement", "Recorder", "StepMemory", "Weights"]
 
-_TYPES = {"F32": 0, "BF16": 1, "F16": 2, "Q8": 3, "Q4": 4, "I8": 5}
+_TYPES = {name: getattr(cpu, name) for name in ("F32", "BF16", "F16", "Q16", "Q8", "Q4", "I8")}
 """enum ae_dtype"""
 KV_TYPES: dict[KVDType, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
 
@@ -297,7 +297,7 @@ class Recorder:
         """Group size with which a thread can quantize its part of a row, a multiple of `width`; 0 if it
         cannot, and the row is quantized when all of it is there."""
         group = self._place.weights.group
-        return 0 if group == WHOLE or (group and width % group) else group
+        return 0 if group < 0 or (group and width % group) else group
 
     def _quantized(self, x: Handle, group: int) -> int:
         """Address of the quantized rows of `x`, made here if its own operation did not."""

@@ -34,7 +34,7 @@ class CpuWeights:
     ) -> None:
         self._team = team
         weights = [p for p in parameters if not isinstance(p, Vector)]
-        self._formats = choose_formats(weights, quantization, dtype, checkpoint.tensor)
+        self._formats = choose_formats(weights, quantization, dtype, checkpoint.tensor, team.level)
         self.group = next((format.group for format in self._formats.values() if format.group), 0)
         """Group size of quantized rows; all quantized weights of a model have the same. 0: there are none."""
         heads = {p.sources: p for p in parameters if isinstance(p, Linear) and p.is_head}

@@ -1,10 +1,10 @@
-"""How the CPU holds each weight: in a plain type, or as 8-bit or 4-bit codes in groups."""
+"""How the CPU holds each weight: in a plain type, or as codes of 4 to 16 bits in groups or whole rows."""
 
 import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from asyncengine._fast.cpu import WHOLE, source_format
+from asyncengine._fast.cpu import MOST_WHOLE16, WHOLE, WHOLE16, source_format
 
 from ...checkpoint.spec import DType
 from ...checkpoint.tensor import TensorView
@@ -22,9 +22,9 @@ class WeightFormat(NamedTuple):
     """Type of the packed weight, as `_fast.cpu` names it."""
 
     dtype: str
-    """F32, BF16, F16, Q8 or Q4."""
+    """F32, BF16, F16, Q16, Q8 or Q4."""
     group: int = 0
-    """Columns that share a scale; 0 in plain types, WHOLE where all of a row do, rotated."""
+    """Columns that share a scale; 0 in plain types, WHOLE or WHOLE16 where all of a row do, rotated."""
     minimum: bool = False
     """Whether groups have a minimum beside the scale."""
 
@@ -34,7 +34,11 @@ PLAIN: dict[DType, WeightFormat] = {
     "bfloat16": WeightFormat("BF16"),
     "float16": WeightFormat("F16"),
 }
-FORMATS = {"int8": WeightFormat("Q8", WHOLE), "int4": WeightFormat("Q4", 32, True)}
+PAIRS = WeightFormat("Q16", WHOLE16)
+"""Of linears in bfloat16 at PAIRS_LEVELS: 16 bits as well, multiplied as pairs of bytes, and more exact."""
+PAIRS_LEVELS = {"avx512vnni"}
+"""Instruction sets without products of bfloat16, and with those of bytes four times as fast as of floats."""
+FORMATS = {"int8": WeightFormat("Q8", WHOLE), "int4": WeightFormat("Q4", WHOLE)}
 """Of the linears under `quantization`. Tables and heads are 8 bits wide under both: a wrong choice among
 many close tokens costs more than their memory."""
 
@@ -44,14 +48,16 @@ def choose_formats(
     quantization: str | None,
     dtype: DType,
     stored: Callable[[str], TensorView],
+    level: str,
 ) -> dict[Linear | Embedding, WeightFormat]:
     """`quantization`: None (plain), int8, int4, or the file's format (codes as they are stored). All groups
-    have one size, that of the quantized activations.
+    have one size, that of the quantized activations. `level`: the instruction set.
 
     Raises ConfigError where a rank's columns cut through groups, ModelLoadError where codes cannot stay.
     """
     if quantization is None:
-        return dict.fromkeys(weights, PLAIN[dtype])
+        in_pairs = dtype == "bfloat16" and level in PAIRS_LEVELS
+        return {w: PAIRS if in_pairs and _fits_pairs(w) else PLAIN[dtype] for w in weights}
     if quantization in FORMATS:
         return {weight: _made(weight, quantization) for weight in weights}
     formats = {weight: _kept([(s, stored(s.name)) for s in _sources(weight)], dtype) for weight in weights}
@@ -63,9 +69,13 @@ def _sources(weight: Linear | Embedding) -> tuple[Source, ...]:
     return weight.sources if isinstance(weight, Linear) else (weight.source,)
 
 
+def _fits_pairs(weight: Linear | Embedding) -> bool:
+    return isinstance(weight, Linear) and weight.in_features <= MOST_WHOLE16
+
+
 def _made(weight: Linear | Embedding, quantization: str) -> WeightFormat:
     if isinstance(weight, Embedding) or weight.is_head:
-        return FORMATS["int8"]._replace(group=FORMATS[quantization].group)
+        return FORMATS["int8"]
     return FORMATS[quantization]
 
 
