@@ -72,6 +72,18 @@ def heartbeat() -> Iterator[list[float]]:
         task.cancel()
 
 
+async def keeps_turning(attempt: Callable[[], Awaitable[object]]) -> int:
+    """How many attempts it took until one left the loop no 50 ms without a turn: at most four, since what
+    another guest of the machine takes shows in no counter, and a spawn waits for the child's first slice."""
+    worst: list[float] = []
+    while not worst or worst[-1] >= 0.05:
+        assert len(worst) < 4, f"the loop stood still for {worst} seconds"
+        with heartbeat() as gaps:
+            await attempt()
+        worst.append(max(gaps))
+    return len(worst)
+
+
 # ---- a good life
 
 
@@ -106,22 +118,15 @@ def test_stages_plans_and_stop(run: Callable[[Any], Any]) -> None:
 
 
 def test_the_loop_keeps_turning(run: Callable[[Any], Any]) -> None:
-    async def main() -> None:
-        worst = []
-        for _ in range(4):  # a spawn waits for the child's first slice of a core, which load may delay
-            owner = Owner()
-            with heartbeat() as gaps:
-                group = await owner.start(4)
-                await group.run_stage("echo", b"")
-                group.send_plan(b"")
-                await owner.until(lambda: bool(owner.results))  # noqa: B023
-                await group.stop()
-            worst.append(max(gaps))
-            if worst[-1] < 0.05:
-                return
-        raise AssertionError(f"the loop stood still for {worst} seconds")
+    async def life() -> None:
+        owner = Owner()
+        group = await owner.start(4)
+        await group.run_stage("echo", b"")
+        group.send_plan(b"")
+        await owner.until(lambda: bool(owner.results))
+        await group.stop()
 
-    run(main())
+    run(keeps_turning(life))
 
 
 def test_off_the_main_thread() -> None:
@@ -159,22 +164,21 @@ def test_the_worker_process_is_lean_and_finds_what_the_host_finds(tmp_path: Path
 
 
 def test_logs_reach_the_hosts_loggers(caplog: pytest.LogCaptureFixture) -> None:
-    async def main() -> None:
+    async def main() -> int:
         with caplog.at_level(logging.INFO, logger="asyncengine"):
             group = await Owner().start(2)
             await group.run_stage("log", b"")
-            with heartbeat() as gaps:
-                await group.run_stage("flood", b"5000")
-            assert max(gaps) < 0.05
+            floods = await keeps_turning(lambda: group.run_stage("flood", b"5000"))
             await group.stop()
+        return floods
 
-    asyncio.run(main())
+    floods = asyncio.run(main())
     lines = [record for record in caplog.record_tuples if record[0] != "asyncengine.flood"]
     for rank in (0, 1):
         assert ("asyncengine.fake", logging.INFO, f"[rank {rank}] details 7") in lines
         assert ("elsewhere", logging.WARNING, f"[rank {rank}] watch out") in lines
         flood = [r[2] for r in caplog.record_tuples if r[0] == "asyncengine.flood" and f"rank {rank}" in r[2]]
-        assert flood == [f"[rank {rank}] line {i}" for i in range(5000)]
+        assert flood == [f"[rank {rank}] line {i}" for i in range(5000)] * floods
     assert len([line for line in lines if line[0] in ("asyncengine.fake", "elsewhere")]) == 4
 
 
@@ -356,7 +360,7 @@ def test_a_full_ring_is_reported_and_nothing_is_lost() -> None:
 
 @pytest.mark.parametrize("stage", ["sleep", "hang"])
 def test_stop_of_a_busy_worker_answers_everybody(stage: str) -> None:
-    async def main() -> None:
+    async def life() -> None:
         group = await Owner().start()
         hanging = asyncio.Event()
         stage_task = asyncio.create_task(group.run_stage(stage, b"", lambda *_: hanging.set()))
@@ -365,14 +369,12 @@ def test_stop_of_a_busy_worker_answers_everybody(stage: str) -> None:
         else:
             await asyncio.sleep(0.3)
         begin = time.monotonic()
-        with heartbeat() as gaps:
-            await group.stop(0.1)
-        assert max(gaps) < 0.05
+        await group.stop(0.1)
         assert time.monotonic() - begin < 3 and alive(group.pids) == []
         with pytest.raises(EngineClosedError, match="stopped"):
             await stage_task
 
-    asyncio.run(main())
+    asyncio.run(keeps_turning(life))
 
 
 def test_a_cancelled_stop_goes_on() -> None:
