@@ -1,6 +1,7 @@
 /* Keys and values of a tile of positions, from the paged cache into a thread's scratch. */
 #pragma once
 #include "attention.h"
+#include "simd_int.h"
 #include "typed.h"
 
 #if W == 16
@@ -33,6 +34,14 @@ AE_INLINE void transpose(vf *a) {
         EACH(i, W) a[i] = b[i];
     }
 }
+
+/* Whether numbers of the cache are multiplied as pairs of bf16: keys by two of their dimensions, with queries
+ * rounded to bf16; values by two positions, an even one and the next, with weights rounded to bf16. */
+#if defined(BF16_DOT)
+#define PAIRS(type) ((type) == AE_BF16)
+#else
+#define PAIRS(type) 0
+#endif
 
 typedef struct attention {
     const ae_step *step;
@@ -71,7 +80,7 @@ AE_INLINE void fetch(row_queue *q, int64_t rows) {
 
 typedef struct tile_data {
     float keys[MAX_DIM * TILE_KEYS];   /* transposed: [dim or word][TILE_KEYS] */
-    float values[TILE_KEYS * MAX_DIM]; /* [TILE_KEYS][padded] */
+    float values[TILE_KEYS * MAX_DIM]; /* [TILE_KEYS][padded]; pairs: words, [TILE_KEYS / 2][padded] */
     float key_scale[TILE_KEYS], value_scale[TILE_KEYS];
     const char *value[TILE_KEYS]; /* rows */
 } tile_data;
@@ -156,9 +165,10 @@ AE_INLINE void load_keys(int type, int expanded, tile_data *t, const char *const
             vf_store(to + (k * parts + part) * TILE_KEYS, expanded ? part_as(type, v[k], part) : v[k]);
 }
 
-AE_INLINE void load_tile_as(int type, int expanded, tile_data *t, const attention *a, tile_rows *rows,
+/* The tile's keys, transposed: as floats if `expanded`, else as words of the cache's type. */
+AE_INLINE void load_keys_as(int type, int expanded, tile_data *t, const attention *a, tile_rows *rows,
                             row_queue *ahead) {
-    const int64_t D = a->dim, size = (int64_t)ae_type_size(expanded ? type : a->type) * D, whole = D / W * W;
+    const int64_t size = (int64_t)ae_type_size(expanded ? type : a->type) * a->dim;
     const int64_t from = rows->from, to = rows->to, begin = from / W * W, end = (to + W - 1) / W * W;
     /* Vectors of keys reach beyond the ends; any key does there, for its score is never used. */
     for (int64_t i = begin; i < from; i++) rows->key[i] = rows->key[from];
@@ -169,28 +179,64 @@ AE_INLINE void load_tile_as(int type, int expanded, tile_data *t, const attentio
         for (; byte + 4 * W <= size; byte += 4 * W) load_keys(type, expanded, t, rows->key, i, byte, 4 * W);
         if (byte < size) load_keys(type, expanded, t, rows->key, i, byte, size - byte);
     }
-    for (int64_t i = from; i < to; i++) {
-        const char *value = rows->value[i];
-        if (type == AE_F32 || !expanded) {
-            t->value[i] = value;
-            continue;
-        }
+}
+
+/* Its values as rows of floats. */
+AE_INLINE void load_values_as(int type, tile_data *t, const attention *a, const tile_rows *rows) {
+    const int64_t D = a->dim, whole = D / W * W;
+    for (int64_t i = rows->from; i < rows->to; i++) {
         float *row = t->values + i * a->padded;
-        for (int64_t d = 0; d < whole; d += W) vf_store(row + d, load_as(type, value, d, W));
-        if (whole < D) vf_store(row + whole, load_as(type, value, whole, D - whole));
+        for (int64_t d = 0; d < whole; d += W) vf_store(row + d, load_as(type, rows->value[i], d, W));
+        if (whole < D) vf_store(row + whole, load_as(type, rows->value[i], whole, D - whole));
         t->value[i] = (const char *)row;
     }
 }
 
+#if defined(BF16_DOT)
+/* Its values as words of two positions; zeros for a position that the tile does not have. */
+static void zip_values(tile_data *t, const attention *a, const tile_rows *rows, row_queue *ahead) {
+    static const uint16_t none[MAX_DIM];
+    const int64_t D = a->dim, whole = D / W * W;
+    for (int64_t i = rows->from / 2 * 2; i < rows->to; i += 2) {
+        const uint16_t *low = i < rows->from ? none : (const uint16_t *)rows->value[i];
+        const uint16_t *high = i + 1 < rows->to ? (const uint16_t *)rows->value[i + 1] : none;
+        uint32_t *words = (uint32_t *)t->values + i / 2 * a->padded;
+        fetch(ahead, 2);
+        for (int64_t d = 0; d < whole; d += W) vi_store(words + d, bf16_zip(low + d, high + d));
+        if (whole == D) continue;
+        uint16_t rest[2][W] = {0};
+        memcpy(rest[0], low + whole, (size_t)(D - whole) * 2);
+        memcpy(rest[1], high + whole, (size_t)(D - whole) * 2);
+        vi_store(words + whole, bf16_zip(rest[0], rest[1]));
+    }
+}
+#endif
+
 /* Brings a tile into scratch: keys transposed, as floats if `expanded` and else as words of the cache's type;
- * values as rows of floats, or where they lie. Meanwhile what is `ahead` comes nearer. */
+ * values as rows of floats, or where they lie, or in pairs. Meanwhile what is `ahead` comes nearer. */
 static __attribute__((noinline)) void load_tile(tile_data *t, const attention *a, const span *s,
                                                 tile_rows *rows, int64_t first, int expanded,
                                                 row_queue *ahead) {
-    if (a->type == AE_F32 || !expanded) load_tile_as(AE_F32, 0, t, a, rows, ahead);
-    else if (a->type == AE_BF16) load_tile_as(AE_BF16, 1, t, a, rows, ahead);
-    else if (a->type == AE_F16) load_tile_as(AE_F16, 1, t, a, rows, ahead);
-    else load_tile_as(AE_I8, 1, t, a, rows, ahead);
+#if defined(BF16_DOT)
+    if (PAIRS(a->type)) {
+        load_keys_as(AE_F32, 0, t, a, rows, ahead);
+        zip_values(t, a, rows, ahead);
+        return;
+    }
+#endif
+    if (a->type == AE_F32 || !expanded) {
+        load_keys_as(AE_F32, 0, t, a, rows, ahead);
+        for (int64_t i = rows->from; i < rows->to; i++) t->value[i] = rows->value[i];
+    } else if (a->type == AE_BF16) {
+        load_keys_as(AE_BF16, 1, t, a, rows, ahead);
+        load_values_as(AE_BF16, t, a, rows);
+    } else if (a->type == AE_F16) {
+        load_keys_as(AE_F16, 1, t, a, rows, ahead);
+        load_values_as(AE_F16, t, a, rows);
+    } else {
+        load_keys_as(AE_I8, 1, t, a, rows, ahead);
+        load_values_as(AE_I8, t, a, rows);
+    }
     if (a->type == AE_I8) load_scales(t, a, s, first, rows->from, rows->to);
 }
 

@@ -25,6 +25,7 @@ typedef struct attention_scratch {
     tile_data data;
     float acc[TILE_LINES * MAX_DIM / 2], merged[TILE_LINES * MAX_DIM / 2]; /* rows of `padded` */
     float scores[BATCH * TILE_KEYS]; /* of line i at row i % BATCH */
+    uint16_t queries[TILE_LINES * MAX_DIM / 2]; /* pairs: rows of `padded` */
     float l[TILE_LINES * W], m[TILE_LINES]; /* a line's weights summed lane by lane, and its maximum */
     float drop[TILE_LINES], factor[TILE_LINES], merged_m[TILE_LINES], merged_l[TILE_LINES];
     int32_t from[TILE_LINES], to[TILE_LINES]; /* what line i sees of this tile of keys; from >= to: nothing */
@@ -35,10 +36,39 @@ typedef struct attention_scratch {
 
 _Static_assert(sizeof(attention_scratch) <= AE_SCRATCH, "the scratch of attention");
 
+#if defined(BF16_DOT)
+/* score_at() of pairs. */
+AE_INLINE void score_pairs_at(int lines, int vectors, attention_scratch *s, const attention *a, int64_t line,
+                              int64_t i) {
+    vf sum[LINES][VECTORS];
+    const float *key = s->data.keys + i;
+    const int32_t *query = (const int32_t *)s->queries + line * a->padded / 2;
+    EACH(r, lines) EACH(k, vectors) sum[r][k] = vf_zero();
+    for (int64_t words = (a->dim + 1) / 2; words > 0; words--, query++, key += TILE_KEYS) {
+        vi column[VECTORS];
+        EACH(k, vectors) column[k] = vi_load(key + k * W);
+        fetch(&s->ahead, 1);
+        EACH(r, lines) {
+            const bf16_pair q = bf16_pair_of(query[r * a->padded / 2]);
+            EACH(k, vectors) sum[r][k] = bf16_dot(sum[r][k], q, column[k]);
+        }
+    }
+    EACH(r, lines) EACH(k, vectors)
+        vf_store(s->scores + (line % BATCH + r) * TILE_KEYS + i + k * W, vf_mul(sum[r][k], vf_set(a->scale)));
+}
+#endif
+
 /* scores[i .. i + vectors * W) = scale * query . key, dimension by dimension. `type` says what the transposed
  * keys are: floats, or words of that type. */
-AE_INLINE void score_at(int lines, int vectors, int type, attention_scratch *s, const line_tile *t,
-                        int64_t dim, int64_t line, int64_t i) {
+AE_INLINE void score_at(int lines, int vectors, int type, attention_scratch *s, const attention *a,
+                        const line_tile *t, int64_t line, int64_t i) {
+#if defined(BF16_DOT)
+    if (PAIRS(type)) {
+        score_pairs_at(lines, vectors, s, a, line, i);
+        return;
+    }
+#endif
+    const int64_t dim = a->dim;
     const int parts = 4 / (int)ae_type_size(type);
     vf sum[LINES][VECTORS];
     const float *query[LINES], *key = s->data.keys + i;
@@ -76,7 +106,7 @@ AE_INLINE void score_at(int lines, int vectors, int type, attention_scratch *s, 
                      vf_mul(sum[r][k], vf_load(s->data.key_scale + i + k * W)));
 }
 
-AE_INLINE void score(int lines, int type, attention_scratch *s, const line_tile *t, int64_t dim,
+AE_INLINE void score(int lines, int type, attention_scratch *s, const attention *a, const line_tile *t,
                      int64_t line) {
     int64_t begin = TILE_KEYS, end = 0;
     for (int r = 0; r < lines; r++) {
@@ -87,11 +117,11 @@ AE_INLINE void score(int lines, int type, attention_scratch *s, const line_tile 
     }
     int64_t i = begin / W * W;
     for (; i + (VECTORS - 1) * W < end && i + VECTORS * W <= TILE_KEYS; i += VECTORS * W)
-        score_at(lines, VECTORS, type, s, t, dim, line, i);
-    for (; i < end; i += W) score_at(lines, 1, type, s, t, dim, line, i);
+        score_at(lines, VECTORS, type, s, a, t, line, i);
+    for (; i < end; i += W) score_at(lines, 1, type, s, a, t, line, i);
 }
 
-/* Scores of lines [lo, hi) into weights 2^(score - m), and `factor`, by which what a line has so far is to be
+/* Scores of lines [lo, hi) into weights 2^(score - m), of pairs as bf16 from the row's beginning, and `factor`, by which what a line has so far is to be
  * scaled. Each loop is over all of them, for one line's chain of operations is long. Not inlined, so that
  * there is one compilation of its arithmetic. */
 static __attribute__((noinline)) void weights(attention_scratch *s, const attention *a, int64_t lo,
@@ -123,11 +153,36 @@ static __attribute__((noinline)) void weights(attention_scratch *s, const attent
         for (int64_t i = begin; i < end; i += W) {
             vf x = vf_exp2(vf_sub(vf_load(p + i), m));
             sum = vf_add(sum, x);
+#if defined(BF16_DOT)
+            if (PAIRS(a->type)) {
+                bf16_put((uint16_t *)p + i, x);
+                continue;
+            }
+#endif
             vf_store(p + i, scales ? vf_mul(x, vf_load(scales + i)) : x);
         }
         vf_store(total, sum);
     }
 }
+
+#if defined(BF16_DOT)
+/* Sums of the keys [from, to) of pairs: of one that they hold half of, the other half's weights are zero and
+ * `seen` keeps its values, whatever they are, out of it. */
+AE_INLINE void add_pairs(int lines, int vectors, vf sum[LINES][VECTORS], attention_scratch *s, int64_t padded,
+                         int64_t line, int64_t d, int64_t from, int64_t to) {
+    const int32_t *weight = (const int32_t *)(s->scores + line % BATCH * TILE_KEYS);
+    const float *value = s->data.values + d;
+#define ADD_PAIR(pair, seen)                                                                do {                                                                                        vi v[VECTORS];                                                                          if (d == 0) fetch(&s->ahead, 1);                                                        EACH(k, vectors) v[k] = vi_load(value + (pair) * padded + k * W) seen;                  EACH(r, lines) {                                                                            const bf16_pair w = bf16_pair_of(weight[r * TILE_KEYS + (pair)]);                       EACH(k, vectors) sum[r][k] = bf16_dot(sum[r][k], w, v[k]);                          }                                                                                   } while (0)
+    int64_t pair = from / 2;
+    if (from % 2) {
+        ADD_PAIR(pair, &vi_set((int32_t)0xFFFF0000));
+        pair++;
+    }
+    for (; pair < to / 2; pair++) ADD_PAIR(pair, );
+    if (to % 2) ADD_PAIR(to / 2, &vi_set(0xFFFF));
+#undef ADD_PAIR
+}
+#endif
 
 /* acc[d .. d + vectors * W) = factor * acc + sum over the keys [from, to) of weight * value, of which n
  * dimensions exist. */
@@ -139,6 +194,12 @@ AE_INLINE void accumulate_at(int lines, int vectors, int type, attention_scratch
     for (int r = 0; r < lines; r++)
         for (int k = 0; k < vectors; k++)
             sum[r][k] = vf_mul(vf_load(acc + r * padded + k * W), vf_set(s->factor[line + r]));
+#if defined(BF16_DOT)
+    if (PAIRS(type)) {
+        add_pairs(lines, vectors, sum, s, padded, line, d, from, to);
+        from = to;
+    }
+#endif
     for (int64_t i = from; i < to; i++) {
         const char *value = s->data.value[i] + d * (int64_t)ae_type_size(type);
         if (d == 0) fetch(&s->ahead, 1);
@@ -165,15 +226,18 @@ AE_INLINE void accumulate(int lines, int type, attention_scratch *s, const atten
 }
 
 /* The keys that all lines of the block see are added together, the others line by line: no line ever touches
- * what it does not see. `one` is for one line. */
+ * what it does not see. A line's pairs are added one by one in either way. `one` is for one line. */
 AE_INLINE void accumulate_block(int lines, int type, attention_scratch *s, const attention *a, int64_t line,
                                 void (*one)(attention_scratch *, const attention *, int64_t, int64_t,
                                             int64_t)) {
     int64_t from = 0, to = TILE_KEYS;
+    int alike = 1;
     for (int r = 0; r < lines; r++) {
         from = s->from[line + r] > from ? s->from[line + r] : from;
         to = s->to[line + r] < to ? s->to[line + r] : to;
+        alike &= s->from[line + r] == s->from[line] && s->to[line + r] == s->to[line];
     }
+    if (PAIRS(type) && !alike) from = (from + 1) / 2 * 2, to = to / 2 * 2;
     if (from >= to) {
         for (int r = 0; r < lines; r++)
             if (s->from[line + r] < s->to[line + r]) one(s, a, line + r, s->from[line + r], s->to[line + r]);
@@ -195,7 +259,7 @@ typedef struct block_kernel {
 #define NOINLINE static __attribute__((noinline)) void
 #define BLOCK(name, type, n)                                                                                 \
     NOINLINE score_##name##_##n(attention_scratch *s, const attention *a, const line_tile *t, int64_t line) {\
-        score(n, type, s, t, a->dim, line);                                                                  \
+        score(n, type, s, a, t, line);                                                                       \
     }                                                                                                        \
     NOINLINE accumulate_##name##_##n(attention_scratch *s, const attention *a, int64_t line) {               \
         accumulate_block(n, type, s, a, line, accumulate_one_##name);                                        \
@@ -239,7 +303,7 @@ NOINLINE attend_split(attention_scratch *s, const attention *a, const line_tile 
                       int64_t end, const line_tile *next) {
     const span part = {t->keys.table, t->keys.head, begin, end};
     /* Expanding a tile to floats pays where several blocks of lines read it. */
-    const int expanded = t->lines > LINES || a->type == AE_F32;
+    const int expanded = !PAIRS(a->type) && (t->lines > LINES || a->type == AE_F32);
     const block_kernel *blocks = expanded             ? blocks_f32
                                  : a->type == AE_BF16 ? blocks_bf16
                                  : a->type == AE_F16  ? blocks_f16
@@ -247,6 +311,11 @@ NOINLINE attend_split(attention_scratch *s, const attention *a, const line_tile 
     memset(s->acc, 0, (size_t)(t->lines * a->padded) * sizeof(float));
     memset(s->l, 0, (size_t)(t->lines * W) * sizeof(float));
     for (int64_t i = 0; i < t->lines; i++) s->m[i] = -INFINITY;
+#if defined(BF16_DOT)
+    for (int64_t i = 0; i < t->lines && PAIRS(a->type); i++)
+        for (int64_t d = 0; d < a->padded; d += W)
+            bf16_put(s->queries + i * a->padded + d, load_as(AE_F32, t->query[i], d, a->dim - d));
+#endif
     for (int64_t j = begin / TILE_KEYS * TILE_KEYS; j < end; j += TILE_KEYS) {
         locate(&s->rows, a, &part, j);
         s->ahead.at = s->ahead.end = NULL;

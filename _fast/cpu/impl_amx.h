@@ -97,7 +97,7 @@ static void amx_piece(const amx_chunk *c, int64_t start, int64_t k, int64_t pane
 }
 
 /* For bf16 weights; see impl_linear.h. */
-static void tiled_chunk(const linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels,
+static void tiled_chunk(linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels,
                         float *out, int64_t stride, int64_t columns, const ae_thread *thread) {
     const int64_t k = l->k, panel_bytes = ae_panel_bytes(k, AE_BF16, 0, 0);
     amx_chunk c = {.l = l,

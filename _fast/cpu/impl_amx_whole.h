@@ -62,7 +62,7 @@ static void tiled_whole_panel(const whole_call *t, int64_t rows, int32_t *sums) 
 }
 
 /* See impl_linear.h. */
-static void tiled_whole_chunk(const linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels,
+static void tiled_whole_chunk(linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels,
                               float *out, int64_t stride, int64_t columns, const ae_thread *thread) {
     whole_call t = whole_begin(l, row, rows, panel, out, stride, columns, thread);
     int32_t *sums = (int32_t *)((char *)thread->scratch + GROUP_ROWS * sizeof(whole_row));

@@ -27,7 +27,11 @@
 /* Blocks of k for batches of several tiles, which share a block of a panel in the L1 cache; in large batches
  * it holds the next one too. */
 #define BLOCK_K 512
+#if defined(BF16_DOT)
+#define LARGE_BLOCK_K 512
+#else
 #define LARGE_BLOCK_K 256
+#endif
 
 typedef struct tile {
     const char *x;     /* row 0 at the first k of this block; bf16 in the dot-product kernels */
@@ -160,7 +164,7 @@ static void to_bf16(uint16_t *out, int64_t stride, const float *x, int64_t x_str
                     int64_t k) {
     for (int64_t m = 0; m < rows; m++, out += stride, x += x_stride) {
         int64_t i = 0;
-        for (; i + W <= k; i += W) vf_store_bf16(out + i, vf_load(x + i));
+        for (; i + W <= k; i += W) bf16_put(out + i, vf_load(x + i));
         if (i < k) vf_store_bf16_n(out + i, vf_load_n(x + i, (int)(k - i)), (int)(k - i + 1) & ~1);
     }
 }
@@ -204,7 +208,7 @@ static tile block_of(const tile *all, const linear *l, int64_t start, int64_t mo
 #define CONVERTED_BYTES ((int64_t)(AE_SCRATCH / 2))
 
 /* See impl_linear.h. */
-static void float_chunk(const linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels, float *out,
+static void float_chunk(linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels, float *out,
                         int64_t stride, int64_t columns, const ae_thread *thread) {
     const int64_t k = l->k, panel_bytes = ae_panel_bytes(k, l->type, 0, 0);
     int64_t x_bytes = 4;
@@ -222,15 +226,17 @@ static void float_chunk(const linear *l, int64_t row, int64_t rows, int64_t pane
 #if defined(BF16_DOT)
     const int convert = l->type == AE_BF16;
     const int64_t pairs = (k + 1) & ~(int64_t)1;
+    const int whole = rows * pairs * 2 <= CONVERTED_BYTES;
     if (convert) {
         x_bytes = 2;
         all.x_stride = pairs * 2;
-        by_panels &= rows * pairs * 2 <= CONVERTED_BYTES;
-        if (by_panels) {
-            to_bf16(thread->scratch, pairs, (const float *)all.x, k, rows, k);
+        if (whole) {
+            if (l->converted != row) to_bf16(thread->scratch, pairs, (const float *)all.x, k, rows, k);
+            l->converted = row;
             all.x = thread->scratch;
-        } else if (most > CONVERTED_BYTES / 2 / rows) {
-            most = CONVERTED_BYTES / 2 / rows & ~(int64_t)63;
+        } else {
+            by_panels = 0;
+            if (most > CONVERTED_BYTES / 2 / rows) most = CONVERTED_BYTES / 2 / rows & ~(int64_t)63;
         }
     }
 #endif
@@ -244,7 +250,7 @@ static void float_chunk(const linear *l, int64_t row, int64_t rows, int64_t pane
         for (int64_t p = 0; p < panels; p++) {
             tile t = block_of(&all, l, start, most, p, x_bytes);
 #if defined(BF16_DOT)
-            if (convert) {
+            if (convert && !whole) {
                 t.x_stride = ((t.k + 1) & ~(int64_t)1) * 2;
                 t.x = thread->scratch;
                 if (p == 0)

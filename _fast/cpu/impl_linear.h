@@ -2,8 +2,8 @@
  * 32 columns; a chunk kernel computes x @ weight.T of an item, here it gets its bias and its ending.
  *
  * A chunk kernel (chunk_fn) writes out[r * stride + c] for r < rows, c < columns: the first `columns` columns
- * of the panels. It may use the first half of the thread's scratch; `linear_tile` is the second half. An
- * output does not depend, to the bit, on how a call is cut.
+ * of the panels. It may use the first half of the thread's scratch, where it finds what the item before left;
+ * `linear_tile` is the second half. An output does not depend, to the bit, on how a call is cut.
  */
 #pragma once
 #include "cpu.h"
@@ -19,7 +19,7 @@
 #include "impl_whole.h"
 #include "impl_whole16.h"
 
-typedef void (*chunk_fn)(const linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels, float *out,
+typedef void (*chunk_fn)(linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels, float *out,
                          int64_t stride, int64_t columns, const ae_thread *thread);
 
 /* Panels of an item of a large batch. */
@@ -40,7 +40,8 @@ static linear linear_of(const ae_op *op, const ae_step *step) {
                 .k = op->n[1],
                 .type = (int)op->n[2],
                 .group = op->n[4],
-                .minimum = (int)op->n[5]};
+                .minimum = (int)op->n[5],
+                .converted = -1};
     const int64_t halves = op->n[6] == AE_GATED ? 2 : 1;
     l.panels = (l.n / halves + AE_PANEL - 1) / AE_PANEL * halves;
     return l;
@@ -166,7 +167,7 @@ static void add_bias(float *out, int64_t stride, int64_t rows, int64_t columns, 
 }
 
 /* The item's x @ weight.T + bias, its first `columns` columns. */
-static void linear_item(const linear *l, const item *it, float *out, int64_t stride, int64_t columns,
+static void linear_item(linear *l, const item *it, float *out, int64_t stride, int64_t columns,
                         const ae_thread *thread) {
     chunk_fn chunk = l->group == AE_WHOLE     ? whole_chunk
                      : l->group == AE_WHOLE16 ? whole16_chunk
@@ -181,7 +182,7 @@ static void linear_item(const linear *l, const item *it, float *out, int64_t str
     if (l->bias) add_bias(out, stride, it->rows, columns, l->bias + it->panel * AE_PANEL);
 }
 
-static void linear_store(const ae_op *op, const linear *l, cut c, const ae_thread *thread) {
+static void linear_store(const ae_op *op, linear *l, cut c, const ae_thread *thread) {
     for (item it; next_item(&it, l, &c, thread);) {
         const int64_t first = it.panel * AE_PANEL, width = it.panels * AE_PANEL;
         const int64_t columns = l->n - first < width ? l->n - first : width;
@@ -189,7 +190,7 @@ static void linear_store(const ae_op *op, const linear *l, cut c, const ae_threa
     }
 }
 
-static void linear_add(const ae_op *op, const linear *l, cut c, const ae_thread *thread) {
+static void linear_add(const ae_op *op, linear *l, cut c, const ae_thread *thread) {
     float *tile = linear_tile(thread);
     for (item it; next_item(&it, l, &c, thread);) {
         const int64_t first = it.panel * AE_PANEL, width = it.panels * AE_PANEL;
@@ -210,7 +211,7 @@ AE_INLINE void gate_row(float *out, const float *y, int64_t columns) {
     }
 }
 
-static void linear_gated(const ae_op *op, const linear *l, cut c, const ae_thread *thread) {
+static void linear_gated(const ae_op *op, linear *l, cut c, const ae_thread *thread) {
     const int64_t I = l->n / 2, group = op->n[3];
     float *tile = linear_tile(thread);
     for (item it; next_item(&it, l, &c, thread);) {

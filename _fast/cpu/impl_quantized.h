@@ -254,7 +254,7 @@ static void prepare_quantized(linear *l, const ae_thread *thread) {
 }
 
 /* See impl_linear.h. */
-static void quantized_chunk(const linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels,
+static void quantized_chunk(linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels,
                             float *out, int64_t stride, int64_t columns, const ae_thread *thread) {
     int_chunk c = {.l = l,
                    .prepared = thread->scratch,

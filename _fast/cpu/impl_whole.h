@@ -230,7 +230,7 @@ static whole_call spread(whole_call t, int64_t panels, const ae_thread *thread) 
 }
 
 /* See impl_linear.h. */
-static void whole_chunk(const linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels, float *out,
+static void whole_chunk(linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels, float *out,
                         int64_t stride, int64_t columns, const ae_thread *thread) {
     whole_call t = whole_begin(l, row, rows, panel, out, stride, columns, thread);
     const int spreads = l->type == AE_Q4 && rows > 2 * Q4_ROWS && can_spread(l, PAIR_ROWS ? 2 : 1);

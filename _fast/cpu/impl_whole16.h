@@ -65,7 +65,7 @@ UP_TO(TILE_ROWS, TILE)
 static const whole_fn whole16_tiles[TILE_ROWS] = {UP_TO(TILE_ROWS, TILE_ENTRY)};
 
 /* See impl_linear.h. */
-static void whole16_chunk(const linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels, float *out,
+static void whole16_chunk(linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels, float *out,
                           int64_t stride, int64_t columns, const ae_thread *thread) {
     whole_call t = whole_begin(l, row, rows, panel, out, stride, columns, thread);
     for (; panels; panels--) {

@@ -13,6 +13,7 @@ typedef struct linear {
     int type, minimum;
     int64_t panels; /* of 32 columns: n rounded up, for a gated pair each half of n rounded up */
     const void *prepared; /* by prepare_quantized; NULL: nothing */
+    int64_t converted;    /* the row from which on the scratch holds an item's x as bf16; -1: none */
 } linear;
 
 /* Rows of an item of a large batch: what they read of x stays in the L2 cache. One of no more is small. */

@@ -37,4 +37,13 @@ AE_INLINE vf bf16_dot(vf sum, bf16_pair a, vi b) {
     __asm__("bfdot %0.4s, %1.8h, %2.2h[0]" : "+w"(sum) : "w"(b), "w"(a));
     return sum;
 }
+/* See avx512bf16. */
+AE_INLINE void bf16_put(uint16_t *p, vf x) {
+    vh rounded;
+    __asm__("bfcvtn %0.4h, %1.4s" : "=w"(rounded) : "w"(x));
+    memcpy(p, &rounded, sizeof rounded);
+}
+AE_INLINE vi bf16_zip(const uint16_t *low, const uint16_t *high) {
+    return (vi)vmovl_u16(vld1_u16(low)) | (vi)vshll_n_u16(vld1_u16(high), 16);
+}
 #endif

@@ -13,6 +13,8 @@ from .kv_int8 import blocks_of, quantized
 from .one_op import LEVELS, TYPES, narrowed, run, team, widened
 
 KV_TYPES = {**TYPES, "i8": cpu.I8}
+# Levels that multiply pairs of bf16 where the cache has them.
+PAIRS = ("avx512bf16", "neonbf16")
 
 
 @dataclass
@@ -115,17 +117,29 @@ class Batch:
         )
         return out if row8 is None else row8
 
-    def exact(self) -> np.ndarray:
+    def exact(self, queries: np.ndarray | None = None, magnitudes: bool = False) -> np.ndarray:
+        """Of `queries`, its own unless given; `magnitudes`: with the values' magnitudes for values."""
         out, group = [], self.q_heads // self.kv_heads
-        queries = iter(self.qkv[:, : self.q_heads].astype(np.float64))
+        queries = iter(self.qkv[:, : self.q_heads].astype(np.float64) if queries is None else queries)
         for (start, count), x in zip(self.rows, self.sequences, strict=True):
             k, v = (np.repeat(part, group, axis=1) for part in x)
+            v = np.abs(v) if magnitudes else v
             for position in range(start, start + count):
                 low = max(0, position - self.window + 1) if self.window else 0
                 s = np.einsum("hd,jhd->hj", next(queries), k[low : position + 1]) * self.scale
                 s = np.exp(s - s.max(axis=1, keepdims=True))
                 out.append(np.einsum("hj,jhd->hd", s / s.sum(axis=1, keepdims=True), v[low : position + 1]))
         return np.array(out)
+
+    def assert_right(self, level: str, threads: int = 2) -> None:
+        got = self.run(level, threads)
+        if not (self.dtype == "bf16" and level in PAIRS):
+            np.testing.assert_allclose(got, self.exact(), atol=4e-6, rtol=1e-5)
+            return
+        # Queries are rounded to bf16, and every weight, by 2^-8 of itself at the most.
+        queries = widened(narrowed(self.qkv[:, : self.q_heads], "bf16"))
+        slack = 2.0**-8 * self.exact(queries, magnitudes=True)
+        assert (np.abs(got - self.exact(queries)) <= 1.01 * slack + 4e-6).all()
 
 
 MIXED = [(40, 1), (0, 21), (600, 1), (0, 1), (13, 70), (1029, 3), (63, 2)]
@@ -144,18 +158,18 @@ def test_mixed_batches(level: str, dim: int, heads: tuple[int, int]) -> None:
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256, 33])
 @pytest.mark.parametrize("heads", [(6, 2), (5, 1)], ids=str)
 def test_cache_types(level: str, dtype: str, dim: int, heads: tuple[int, int]) -> None:
-    batch = Batch(MIXED, *heads, dim, dtype=dtype)
-    np.testing.assert_allclose(batch.run(level, 2), batch.exact(), atol=4e-6, rtol=1e-5)
+    Batch(MIXED, *heads, dim, dtype=dtype).assert_right(level)
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
 @pytest.mark.parametrize("window", [1, 7, 64, 100, 512, 700])
-def test_windows(level: str, window: int) -> None:
-    batch = Batch(MIXED, 4, 2, 64, window=window)
+def test_windows(level: str, dtype: str, window: int) -> None:
+    batch = Batch(MIXED, 4, 2, 64, dtype=dtype, window=window)
     # Blocks before the window are given back: their entries may say anything.
     for (start, _), slot in zip(batch.rows, batch.slots, strict=True):
         batch.table[slot, : max(0, start - window + 1) // batch.block] = 1 << 30
-    np.testing.assert_allclose(batch.run(level, 2), batch.exact(), atol=4e-6, rtol=1e-5)
+    batch.assert_right(level)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -209,14 +223,33 @@ def test_a_long_context_is_divided_among_threads() -> None:
         np.testing.assert_array_equal(divided, batch.run(level, 1, workspace=0))
 
 
-def test_a_damaged_sequence_leaves_the_others_alone() -> None:
-    batch = Batch(MIXED, 4, 2, 64)
-    clean = batch.run("portable")
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", KV_TYPES)
+def test_a_damaged_sequence_leaves_the_others_alone(level: str, dtype: str) -> None:
+    batch = Batch(MIXED, 4, 2, 64, dtype=dtype)
+    clean = batch.run(level, 2)
     batch.qkv[0] = np.nan
-    for level in LEVELS:
-        out = batch.run(level, 2)
-        assert np.isnan(out[0]).all()
-        np.testing.assert_allclose(out[1:], clean[1:], atol=1e-5, rtol=1e-5)
+    out = batch.run(level, 2)
+    assert np.isnan(out[0]).all()
+    np.testing.assert_array_equal(out[1:], clean[1:])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("position", [64, 65])
+def test_what_a_token_does_not_see_does_not_reach_it(level: str, dtype: str, position: int) -> None:
+    """Neither the NaNs of later tokens nor, with a window, those of earlier ones."""
+    batch = Batch([(0, 130)], 6, 2, 64, dtype=dtype, window=20)
+    clean = batch.run(level)
+    for cache in (batch.keys, batch.values):
+        cache[batch.table[batch.slots[0], position // batch.block], :, position % batch.block] = (
+            0x7FC0 if dtype == "bf16" else np.nan
+        )
+    out = batch.run(level)
+    sees = np.arange(130)
+    sees = (sees >= position) & (sees < position + 20)
+    assert np.isnan(out[sees]).all()
+    np.testing.assert_array_equal(out[~sees], clean[~sees])
 
 
 @pytest.mark.parametrize("level", LEVELS)
