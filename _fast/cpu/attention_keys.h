@@ -36,7 +36,8 @@ AE_INLINE void transpose(vf *a) {
 }
 
 /* Whether numbers of the cache are multiplied as pairs of bf16: keys by two of their dimensions, with queries
- * rounded to bf16; values by two positions, an even one and the next, with weights rounded to bf16. */
+ * rounded to bf16; values by two positions, an even one and the next, with weights rounded to bf16. (Codes of
+ * int8 are exact as bf16, but to make them so takes decode as long as it saves.) */
 #if defined(BF16_DOT)
 #define PAIRS(type) ((type) == AE_BF16)
 #else
@@ -193,21 +194,16 @@ AE_INLINE void load_values_as(int type, tile_data *t, const attention *a, const 
 }
 
 #if defined(BF16_DOT)
-/* Its values as words of two positions; zeros for a position that the tile does not have. */
-static void zip_values(tile_data *t, const attention *a, const tile_rows *rows, row_queue *ahead) {
+/* Its values as pairs; zeros for a position that the tile does not have. */
+static void pair_values(tile_data *t, const attention *a, const tile_rows *rows, row_queue *ahead) {
     static const uint16_t none[MAX_DIM];
-    const int64_t D = a->dim, whole = D / W * W;
     for (int64_t i = rows->from / 2 * 2; i < rows->to; i += 2) {
-        const uint16_t *low = i < rows->from ? none : (const uint16_t *)rows->value[i];
-        const uint16_t *high = i + 1 < rows->to ? (const uint16_t *)rows->value[i + 1] : none;
-        uint32_t *words = (uint32_t *)t->values + i / 2 * a->padded;
+        const void *low = i < rows->from ? (const void *)none : rows->value[i];
+        const void *high = i + 1 < rows->to ? rows->value[i + 1] : (const void *)none;
         fetch(ahead, 2);
-        for (int64_t d = 0; d < whole; d += W) vi_store(words + d, bf16_zip(low + d, high + d));
-        if (whole == D) continue;
-        uint16_t rest[2][W] = {0};
-        memcpy(rest[0], low + whole, (size_t)(D - whole) * 2);
-        memcpy(rest[1], high + whole, (size_t)(D - whole) * 2);
-        vi_store(words + whole, bf16_zip(rest[0], rest[1]));
+        for (int64_t d = 0; d < a->dim; d += W)
+            vi_store(t->values + i / 2 * a->padded + d,
+                     bf16_words(load_as(AE_BF16, low, d, a->dim - d), load_as(AE_BF16, high, d, a->dim - d)));
     }
 }
 #endif
@@ -220,7 +216,7 @@ static __attribute__((noinline)) void load_tile(tile_data *t, const attention *a
 #if defined(BF16_DOT)
     if (PAIRS(a->type)) {
         load_keys_as(AE_F32, 0, t, a, rows, ahead);
-        zip_values(t, a, rows, ahead);
+        pair_values(t, a, rows, ahead);
         return;
     }
 #endif

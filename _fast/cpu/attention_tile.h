@@ -54,7 +54,8 @@ AE_INLINE void score_pairs_at(int lines, int vectors, attention_scratch *s, cons
         }
     }
     EACH(r, lines) EACH(k, vectors)
-        vf_store(s->scores + (line % BATCH + r) * TILE_KEYS + i + k * W, vf_mul(sum[r][k], vf_set(a->scale)));
+        vf_store(s->scores + (line % BATCH + r) * TILE_KEYS + i + k * W,
+                 vf_mul(sum[r][k], vf_load(s->data.key_scale + i + k * W)));
 }
 #endif
 

@@ -361,10 +361,8 @@ AE_INLINE bf16_pair bf16_pair_of(int32_t bits) { return (__m512bh)_mm512_set1_ep
 AE_INLINE vf bf16_dot(vf sum, bf16_pair a, vi b) { return _mm512_dpbf16_ps(sum, a, (__m512bh)b); }
 /* W numbers rounded to bf16 for it; subnormal ones, which it takes for zeros, may become zeros. */
 AE_INLINE void bf16_put(uint16_t *p, vf x) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(x)); }
-/* Words of two rows' elements, that of `low` in the lower half. */
-AE_INLINE vi bf16_zip(const uint16_t *low, const uint16_t *high) {
-    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)low)) | vf_bits(vf_load_bf16(high));
-}
+/* Words of two bf16, both given as the floats that they are. */
+AE_INLINE vi bf16_words(vf low, vf high) { return _mm512_srli_epi32(vf_bits(low), 16) | vf_bits(high); }
 #endif
 
 #if !defined(AE_LEVEL_NEON)

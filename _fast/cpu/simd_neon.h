@@ -43,7 +43,5 @@ AE_INLINE void bf16_put(uint16_t *p, vf x) {
     __asm__("bfcvtn %0.4h, %1.4s" : "=w"(rounded) : "w"(x));
     memcpy(p, &rounded, sizeof rounded);
 }
-AE_INLINE vi bf16_zip(const uint16_t *low, const uint16_t *high) {
-    return (vi)vmovl_u16(vld1_u16(low)) | (vi)vshll_n_u16(vld1_u16(high), 16);
-}
+AE_INLINE vi bf16_words(vf low, vf high) { return ((vi)low >> 16) | (vi)high; }
 #endif
