@@ -106,6 +106,36 @@ class Team:
     def __init__(self, num_threads: int, level: str | None = None) -> None: ...
 
 @final
+class StepInputs:
+    epoch: int
+    step: int
+    num_rows: int
+    num_tokens: int
+    num_samples: int
+    num_copies: int
+    copies_at: int
+    payload_at: int
+    def __init__(
+        self,
+        *,
+        block_table: ReadableBuffer,
+        last_token: ReadableBuffer,
+        token_ids: ReadableBuffer,
+        positions: ReadableBuffer,
+        token_row: ReadableBuffer,
+        query_start: ReadableBuffer,
+        context_len: ReadableBuffer,
+        row_slot: ReadableBuffer,
+        sample_rows: ReadableBuffer,
+        sample_slots: ReadableBuffer,
+        sample_positions: ReadableBuffer,
+        max_len: int,
+        num_blocks: int,
+    ) -> None: ...
+    def fill(self, plan: bytes) -> None: ...
+    def keep(self, tokens: ReadableBuffer) -> None: ...
+
+@final
 class Step:
     def __init__(
         self,
@@ -158,6 +188,28 @@ def attention_workspace(
 ) -> int: ...
 def head_bytes(num_threads: int, num_samples: int) -> int: ...
 def sample_workspace(num_threads: int, vocab: int) -> int: ...
+@final
+class ReducedDraws:
+    def __init__(
+        self,
+        team: Team,
+        vocab: int,
+        *,
+        temperature: ReadableBuffer,
+        top_k: ReadableBuffer,
+        top_p: ReadableBuffer,
+        min_p: ReadableBuffer,
+        seed: ReadableBuffer,
+    ) -> None: ...
+    def draw(
+        self,
+        best: int,
+        best_k: ReadableBuffer,
+        slots: ReadableBuffer,
+        positions: ReadableBuffer,
+        tokens: ReadableBuffer,
+    ) -> int: ...
+
 def count_tokens(counts: ReadableBuffer, tokens: ReadableBuffer, vocab: int) -> None: ...
 def kv_block_bytes(dtype: str, kv_heads: int, block_size: int, head_dim: int) -> int: ...
 def sample(

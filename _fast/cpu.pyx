@@ -15,7 +15,7 @@ from cpython.buffer cimport (
 from libc.errno cimport EINVAL, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memset, strerror
+from libc.string cimport memcpy, memset, strerror
 
 
 cdef extern from "cpu/cpu.h" nogil:
@@ -98,6 +98,7 @@ cdef int _lookup(dict table, str name, str what) except -1:
 
 
 include "cpu/buffer.pxi"
+include "cpu/inputs.pxi"
 include "cpu/program.pxi"
 include "cpu/codes.pxi"
 include "cpu/weights.pxi"

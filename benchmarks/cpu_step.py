@@ -27,7 +27,6 @@ from asyncengine.checkpoint.gguf_spec import spec_from_gguf
 from asyncengine.cores import usable_cores
 from asyncengine.wire.plan import PLAN_HEADER
 from asyncengine.wire.stages import Allocate, WorkerConfig
-from asyncengine.worker.batch import parse_plan
 from asyncengine.worker.ops.cpu import Code, Operation, Rows
 from asyncengine.worker.runner import Runner
 
@@ -144,7 +143,7 @@ class Measured(NamedTuple):
 
 def measure(runner: Runner, rows: list[tuple[int, int, int]], repeats: int) -> Measured:
     backend, batch = runner.backend, runner._batch
-    batch.prepare(parse_plan(plan(rows)))
+    batch.prepare(plan(rows))
     modes = runner._sampler.head_modes(batch.sample_slots, batch.sample_positions)
     before = cpu.peaks(backend.team, tries=TRIES)
     steps = []

@@ -27,7 +27,6 @@ from asyncengine.cores import usable_cores
 from asyncengine.text.gguf_tokenizer import load_gguf_tokenizer
 from asyncengine.wire.plan import SAMPLE, VERIFY
 from asyncengine.wire.stages import Allocate, WorkerConfig
-from asyncengine.worker.batch import parse_plan
 from asyncengine.worker.runner import Runner
 from asyncengine.worker.sampler import HeadModes
 
@@ -104,7 +103,7 @@ def engine_scores(path: str, tokens: NDArray[np.int32], format: Format, threads:
         # One row of which every position is sampled; the whole block table comes with each plan.
         header = [0, 1, 1, count, blocks, 0, 0, 0, 0, start, count, SAMPLE | VERIFY]
         plan = np.array([*header, *table, *inputs.tolist()], np.int32).tobytes()
-        runner._batch.prepare(parse_plan(plan))
+        runner._batch.prepare(plan)
         all_logits = HeadModes(np.full(count, -1, np.int32), np.ones(count, np.float32))
         runner.backend.run(runner._batch, all_logits)
         parts.append(score(runner.backend.logits[:count], tokens[start + 1 : start + 1 + count]))

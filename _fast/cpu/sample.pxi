@@ -242,3 +242,87 @@ def sample(
         free(own)
     if failed:
         raise RuntimeError(_FORKED)
+
+
+@cython.final
+cdef class ReducedDraws:
+    """Draws rows that HEAD has reduced, by parameters of their slots: arrays [slots], held, not copied.
+
+    One thread does it: of so few candidates a row takes less time than waking another one.
+    """
+
+    cdef Team _team
+    cdef Buffer _workspace
+    cdef int64_t _vocab
+    cdef const float[::1] _temperature
+    cdef const int32_t[::1] _top_k
+    cdef const float[::1] _top_p
+    cdef const float[::1] _min_p
+    cdef const uint64_t[::1] _seed
+
+    def __cinit__(
+        self,
+        Team team not None,
+        int64_t vocab,
+        *,
+        const float[::1] temperature not None,
+        const int32_t[::1] top_k not None,
+        const float[::1] top_p not None,
+        const float[::1] min_p not None,
+        const uint64_t[::1] seed not None,
+    ):
+        self._team = Team(1, team.level)
+        self._vocab = vocab
+        self._workspace = Buffer(sample_workspace(1, vocab))
+        self._temperature, self._top_k, self._top_p = temperature, top_k, top_p
+        self._min_p, self._seed = min_p, seed
+        for name, rows in (("top_k", top_k), ("top_p", top_p), ("min_p", min_p), ("seed", seed)):
+            _enough(len(rows), temperature.shape[0], name)
+
+    def draw(
+        self,
+        uintptr_t best,
+        const int32_t[::1] best_k not None,
+        const int32_t[::1] slots not None,
+        const int32_t[::1] positions not None,
+        int32_t[::1] tokens not None,
+    ):
+        """Draws `tokens` [S] from `best`, the address of HEAD's results, as `sample` would: how many of them
+        failed. -1, and nothing is drawn, where `best_k` tells that a row was not reduced.
+
+        `positions` [S] are those of the drawn tokens. ValueError for arrays that do not fit together.
+        """
+        cdef int64_t rows = tokens.shape[0], i
+        cdef int32_t slot
+        cdef int failed = 0, failures = 0
+        cdef ae_sample args
+        cdef float temperature, top_p, min_p
+        cdef int32_t top_k
+        cdef uint64_t seed
+        cdef int64_t position
+        _enough(best_k.shape[0], rows, "best_k")
+        _enough(slots.shape[0], rows, "slots")
+        _enough(positions.shape[0], rows, "positions")
+        for i in range(rows):
+            if best_k[i] < 1:
+                return -1
+            if not 0 <= slots[i] < self._temperature.shape[0]:
+                raise ValueError(f"row {i} is of slot {slots[i]}, of {self._temperature.shape[0]}")
+        memset(&args, 0, sizeof(args))
+        args.rows = 1
+        args.vocab = self._vocab
+        args.workspace = <char *><uintptr_t>self._workspace.address
+        args.temperature, args.top_k, args.top_p = &temperature, &top_k, &top_p
+        args.min_p, args.seed, args.position = &min_p, &seed, &position
+        for i in range(rows):
+            slot = slots[i]
+            temperature, top_k, top_p = self._temperature[slot], self._top_k[slot], self._top_p[slot]
+            min_p, seed, position = self._min_p[slot], self._seed[slot], positions[i]
+            args.head_k = &best_k[i]
+            args.best = <const ae_best *>best + i
+            args.tokens = &tokens[i]
+            failed |= ae_sample_run(self._team._team, self._team._kernels, &args)
+            failures += tokens[i] < 0
+        if failed:
+            raise RuntimeError(_FORKED)
+        return failures

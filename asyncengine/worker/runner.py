@@ -21,7 +21,7 @@ from ..wire.stages import (
     Woken,
     WorkerConfig,
 )
-from .batch import Batch, parse_plan
+from .batch import Batch
 from .load import open_checkpoint
 from .memory import available_bytes
 from .models.decoder import Decoder
@@ -147,15 +147,14 @@ class Runner:
             self._cuda.submit(data)
             return None
         began = time.perf_counter_ns()
-        plan = parse_plan(data)
         batch, backend, first = self._batch, self.backend, self._shard.rank == 0
+        copies, inits = batch.prepare(data)
         if first:
-            for init in plan.inits:
+            for init in inits:
                 self._sampler.enter(init)
-        batch.prepare(plan)
-        if len(plan.copies):
-            backend.cache.copy_blocks(plan.copies)
-        samples = batch.num_samples
+        if len(copies):
+            backend.cache.copy_blocks(copies)
+        samples = batch.inputs.num_samples
         slots, positions = batch.sample_slots, batch.sample_positions
         modes = self._sampler.head_modes(slots, positions)
         logits = backend.run(batch, modes)
@@ -169,12 +168,12 @@ class Runner:
                 )
             if backend.comm is not None:
                 backend.comm.broadcast_tokens(tokens.data)
-            batch.last_token[slots] = tokens  # of a verified row, any: it is not relayed
+            batch.inputs.keep(tokens)
         if not first:
             return None
         payload = b"" if details is None else msgpack.encode(details)
         spent = min((time.perf_counter_ns() - began) // 1000, _MOST)
-        self._result[:5] = (plan.epoch, plan.step, samples, len(payload), spent)
+        self._result[:5] = (batch.inputs.epoch, batch.inputs.step, samples, len(payload), spent)
         return self._result[: RESULT_HEADER + samples].tobytes() + payload
 
 

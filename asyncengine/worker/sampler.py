@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncengine._fast.cpu import Buffer, Team, count_tokens, sample, sample_workspace
+from asyncengine._fast.cpu import Buffer, ReducedDraws, Team, count_tokens, sample, sample_workspace
 
 from ..wire.plan import ResultDetails, RowLogprobs, SlotInit
 
@@ -50,6 +50,7 @@ class Sampler:
             "min_p": np.zeros(slots, np.float32),
             "seed": np.zeros(slots, np.uint64),
         }
+        self._reduced = ReducedDraws(team, vocab_size, **{name: x.data for name, x in self._draws.items()})
         self._penalties: dict[str, NDArray[Any]] = {
             "presence": np.zeros(slots, np.float32),
             "frequency": np.zeros(slots, np.float32),
@@ -123,6 +124,12 @@ class Sampler:
         kept and `best_k` the `k` of the head modes.
         """
         rows = len(slots)
+        if best_k is not None:
+            failures = self._reduced.draw(best, best_k, slots, positions, tokens)
+            if failures == 0:
+                return None
+            if failures > 0:
+                return ResultDetails({}, _failures(tokens))
         traits = int(np.bitwise_or.reduce(self._traits[slots])) if rows else 0
         options: dict[str, NDArray[Any]] = {}
         if best_k is not None:
@@ -144,15 +151,12 @@ class Sampler:
         views = {name: array.data for name, array in options.items()}
         memory = self._workspace.address
         sample(self._team, logits, self._vocab_size, tokens.data, best=best, workspace=memory, **views)
-        failed = tokens < 0
         if traits & _PENALTIES:
             count_tokens(options["counts"].data, tokens.data, self._vocab_size)
-        if not (traits & _LOGPROBS or failed.any()):
+        failures = _failures(tokens)
+        if not (traits & _LOGPROBS or failures):
             return None
-        return ResultDetails(
-            self._logprobs_of(options, failed) if traits & _LOGPROBS else {},
-            dict.fromkeys(np.flatnonzero(failed).tolist(), NOT_FINITE),
-        )
+        return ResultDetails(self._logprobs_of(options, tokens < 0) if traits & _LOGPROBS else {}, failures)
 
     def _early(self, slots: Ints, positions: Ints) -> NDArray[np.bool_]:
         """[S] whether the stop ids of a row cannot be drawn yet."""
@@ -183,6 +187,10 @@ class Sampler:
             )
             for row in np.flatnonzero((options["num_logprobs"] >= 0) & ~failed).tolist()
         }
+
+
+def _failures(tokens: Ints) -> dict[int, str]:
+    return dict.fromkeys(np.flatnonzero(tokens < 0).tolist(), NOT_FINITE)
 
 
 class _History:

@@ -7,7 +7,7 @@ import torch
 from asyncengine.kernels.batch_update import DeviceBatch, batch_update
 from asyncengine.kernels.slot_params import RECORD_WORDS, pack_record
 from asyncengine.wire.plan import PLAN_HEADER, RELAY, SAMPLE
-from asyncengine.worker.batch import Batch, parse_plan
+from asyncengine.worker.batch import Batch
 
 SLOTS, TOKENS, LENGTH, BLOCK, BLOCKS = 6, 700, 640, 16, 64
 
@@ -33,7 +33,7 @@ def words_of(
 
 
 def check(device: DeviceBatch, host: Batch, words: np.ndarray, rows: int, records: bytes = b"") -> None:
-    host.prepare(parse_plan(words.tobytes()))
+    host.prepare(words.tobytes())
     staged = np.concatenate((words, np.frombuffer(records, np.int32)))
     staged[7] = len(records) // (4 * (RECORD_WORDS + 1))
     persistent = ("block_table", "last_token", "slot_params")
@@ -41,7 +41,7 @@ def check(device: DeviceBatch, host: Batch, words: np.ndarray, rows: int, record
         if name not in persistent:
             tensor.fill_(-5)
     batch_update(device, torch.from_numpy(staged), rows)
-    real, tokens, samples = host.num_rows, host.num_tokens, host.num_samples
+    real, tokens, samples = host.inputs.num_rows, host.inputs.num_tokens, host.inputs.num_samples
     got = {name: tensor.numpy() for name, tensor in device._asdict().items()}
     for name, count in (("token_ids", tokens), ("positions", tokens), ("token_row", tokens)):
         np.testing.assert_array_equal(got[name][:count], np.maximum(getattr(host, name)[:count], 0), name)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from asyncengine.worker.batch import parse_plan
 from asyncengine.worker.cuda.device import HostDevice
 from asyncengine.worker.cuda.flights import Draws, Flight, Flights
 from asyncengine.worker.cuda.kv_cache import KVCache
+from asyncengine.worker.cuda.plan import parse_plan
 
 from .cuda_host import SIZES, HostStarted
 from .plans import PlanBuilder, slot_init

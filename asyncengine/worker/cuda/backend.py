@@ -14,7 +14,6 @@ from ...checkpoint.tensor import Checkpoint
 from ...errors import ConfigError, ModelLoadError, OutOfMemoryError
 from ...wire.plan import PLAN_HEADER, ROW_FIELDS, SAMPLE
 from ...wire.stages import Captured, DeviceMemory, Profiled, WorkerConfig
-from ..batch import Limits, Plan, parse_plan
 from ..load import check_weights, fill
 from ..models.decoder import Decoder
 from ..models.parameters import Parameter
@@ -27,6 +26,7 @@ from .group import Group
 from .kv_cache import KVCache, KVLayout
 from .offload import HostMemory, Offload
 from .ops import CudaOps, Fixtures
+from .plan import Limits, Plan, parse_plan
 from .slots import RECORD_STRIDE, Slots
 from .weights import TORCH_DTYPES, Weights
 

@@ -10,10 +10,10 @@ from asyncengine.kernels.batch_update import DeviceBatch, batch_update
 from asyncengine.kernels.slot_params import pack_record
 
 from ...wire.plan import PLAN_HEADER, RELAY, SAMPLE, VERIFY
-from ..batch import Limits, Plan
 from .device import Device
 from .flights import Flight
 from .kv_cache import KVCache
+from .plan import Limits, Plan
 from .slots import Slots
 
 __all__ = ["Batch", "Shape", "Step"]

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from asyncengine.kernels.sampler import Sampled
 
 from ...wire.plan import RESULT_HEADER, ResultDetails, RowLogprobs
-from ..batch import Plan
 from ..sampler import NOT_FINITE
 from .device import Device, Event
+from .plan import Plan
 
 __all__ = ["Draws", "Flight", "Flights"]
 

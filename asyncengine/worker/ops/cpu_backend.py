@@ -153,10 +153,10 @@ class CpuBackend:
     def run(self, batch: Batch, modes: HeadModes) -> int:
         """Computes the step that `batch` has prepared; the address of its logits [samples, vocabulary], of
         which `modes` tells the rows that are stored."""
-        samples = batch.num_samples
+        samples = batch.inputs.num_samples
         self._head_k[:samples] = modes.k
         self._head_temperature[:samples] = modes.temperature
-        self._step.set_counts(batch.num_tokens, batch.num_rows, samples)
+        self._step.set_counts(batch.inputs.num_tokens, batch.inputs.num_rows, samples)
         if self._config.enforce_eager:
             for index in range(len(self._program)):
                 self._program.run_op(index, self._step)
