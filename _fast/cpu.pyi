@@ -3,7 +3,11 @@
 from collections.abc import Sequence
 from typing import final
 
+import numpy as np
+from numpy.typing import NDArray
 from typing_extensions import Buffer as ReadableBuffer
+
+Ints = NDArray[np.int32]
 
 EMBED: int
 RMS_NORM: int
@@ -133,7 +137,8 @@ class StepInputs:
         num_blocks: int,
     ) -> None: ...
     def fill(self, plan: bytes) -> None: ...
-    def keep(self, tokens: ReadableBuffer) -> None: ...
+    def keep(self, tokens: Ints) -> None: ...
+    def result(self, tokens: Ints, payload: bytes, spent_us: int) -> bytes: ...
 
 @final
 class Step:
@@ -188,27 +193,25 @@ def attention_workspace(
 ) -> int: ...
 def head_bytes(num_threads: int, num_samples: int) -> int: ...
 def sample_workspace(num_threads: int, vocab: int) -> int: ...
+
 @final
-class ReducedDraws:
+class HeadDraws:
     def __init__(
         self,
         team: Team,
         vocab: int,
         *,
+        head_k: ReadableBuffer,
+        head_temperature: ReadableBuffer,
+        whole_below: ReadableBuffer,
         temperature: ReadableBuffer,
         top_k: ReadableBuffer,
         top_p: ReadableBuffer,
         min_p: ReadableBuffer,
         seed: ReadableBuffer,
     ) -> None: ...
-    def draw(
-        self,
-        best: int,
-        best_k: ReadableBuffer,
-        slots: ReadableBuffer,
-        positions: ReadableBuffer,
-        tokens: ReadableBuffer,
-    ) -> int: ...
+    def modes(self, slots: Ints, positions: Ints, k: Ints, temperature: NDArray[np.float32]) -> None: ...
+    def draw(self, best: int, best_k: Ints, slots: Ints, positions: Ints, tokens: Ints) -> int: ...
 
 def count_tokens(counts: ReadableBuffer, tokens: ReadableBuffer, vocab: int) -> None: ...
 def kv_block_bytes(dtype: str, kv_heads: int, block_size: int, head_dim: int) -> int: ...

@@ -108,7 +108,9 @@ def work(operation: Operation, rows: list[tuple[int, int, int]]) -> tuple[int, s
         q_heads, kv_heads, head_dim, _, block, kv_type, *_ = n
         position = 2 * cpu.kv_block_bytes(TYPES[kv_type], kv_heads, block, head_dim) // block
         seen = sum(count * start + count * (count + 1) // 2 for _, start, count in rows)
-        return position * sum(start + count for _, start, count in rows), "f32", 4 * seen * q_heads * head_dim
+        # Numbers of bf16 can be multiplied as what they are.
+        unit = "bf16" if TYPES[kv_type] == "BF16" else "f32"
+        return position * sum(start + count for _, start, count in rows), unit, 4 * seen * q_heads * head_dim
     return 0, "f32", 0
 
 
@@ -144,12 +146,12 @@ class Measured(NamedTuple):
 def measure(runner: Runner, rows: list[tuple[int, int, int]], repeats: int) -> Measured:
     backend, batch = runner.backend, runner._batch
     batch.prepare(plan(rows))
-    modes = runner._sampler.head_modes(batch.sample_slots, batch.sample_positions)
+    runner._sampler.head_modes(batch.sample_slots, batch.sample_positions, backend.modes)
     before = cpu.peaks(backend.team, tries=TRIES)
     steps = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        backend.run(batch, modes)
+        backend.run(batch)
         steps.append(1000 * (time.perf_counter() - begin))
     after = cpu.peaks(backend.team, tries=TRIES)
     program, step = backend._program, backend._step

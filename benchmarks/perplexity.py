@@ -28,7 +28,6 @@ from asyncengine.text.gguf_tokenizer import load_gguf_tokenizer
 from asyncengine.wire.plan import SAMPLE, VERIFY
 from asyncengine.wire.stages import Allocate, WorkerConfig
 from asyncengine.worker.runner import Runner
-from asyncengine.worker.sampler import HeadModes
 
 BLOCK = 32
 CHUNK = 64
@@ -104,8 +103,8 @@ def engine_scores(path: str, tokens: NDArray[np.int32], format: Format, threads:
         header = [0, 1, 1, count, blocks, 0, 0, 0, 0, start, count, SAMPLE | VERIFY]
         plan = np.array([*header, *table, *inputs.tolist()], np.int32).tobytes()
         runner._batch.prepare(plan)
-        all_logits = HeadModes(np.full(count, -1, np.int32), np.ones(count, np.float32))
-        runner.backend.run(runner._batch, all_logits)
+        runner.backend.modes.k[:count] = -1
+        runner.backend.run(runner._batch)
         parts.append(score(runner.backend.logits[:count], tokens[start + 1 : start + 1 + count]))
     runner.close()
     return joined(parts)

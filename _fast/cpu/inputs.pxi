@@ -2,6 +2,7 @@
 
 cdef enum:
     PLAN_HEADER = 8  # int32 fields, as `wire.plan` draws them
+    RESULT_HEADER = 8
     ROW_FIELDS = 4
     SAMPLE = 1
     RELAY = 2
@@ -140,6 +141,21 @@ cdef class StepInputs:
         _enough(tokens.shape[0], self.num_samples, "tokens")
         for i in range(self.num_samples):
             self._last_token[self._sample_slots[i]] = tokens[i]
+
+    def result(self, const int32_t[::1] tokens not None, bytes payload not None, int32_t spent_us):
+        """The result (`wire.plan`) of the last plan: what its samples drew, and the device's time for it."""
+        cdef bytes result
+        cdef int32_t *out
+        _enough(tokens.shape[0], self.num_samples, "tokens")
+        result = PyBytes_FromStringAndSize(NULL, 4 * (RESULT_HEADER + self.num_samples) + len(payload))
+        out = <int32_t *><char *>result
+        memset(out, 0, 4 * RESULT_HEADER)
+        out[0], out[1], out[2], out[3] = self.epoch, self.step, self.num_samples, <int32_t>len(payload)
+        out[4] = spent_us
+        if self.num_samples:
+            memcpy(out + RESULT_HEADER, &tokens[0], self.num_samples * sizeof(int32_t))
+        memcpy(out + RESULT_HEADER + self.num_samples, <const char *>payload, len(payload))
+        return result
 
     # Whether a row is within the bounds; rows that relay have one token and come `first`.
     cdef bint _is_sound(self, const int32_t *row, bint first) noexcept:

@@ -245,15 +245,20 @@ def sample(
 
 
 @cython.final
-cdef class ReducedDraws:
-    """Draws rows that HEAD has reduced, by parameters of their slots: arrays [slots], held, not copied.
+cdef class HeadDraws:
+    """What HEAD is to keep of rows, and what is drawn from that, by parameters of the rows' slots: arrays
+    [slots], held, not copied.
 
-    One thread does it: of so few candidates a row takes less time than waking another one.
+    `head_k` and `head_temperature` are those of a row, which keeps all its logits while its token's position
+    is below `whole_below`. One thread draws: of so few candidates a row takes less time than waking another.
     """
 
     cdef Team _team
     cdef Buffer _workspace
     cdef int64_t _vocab
+    cdef const int32_t[::1] _head_k
+    cdef const float[::1] _head_temperature
+    cdef const int32_t[::1] _whole_below
     cdef const float[::1] _temperature
     cdef const int32_t[::1] _top_k
     cdef const float[::1] _top_p
@@ -265,6 +270,9 @@ cdef class ReducedDraws:
         Team team not None,
         int64_t vocab,
         *,
+        const int32_t[::1] head_k not None,
+        const float[::1] head_temperature not None,
+        const int32_t[::1] whole_below not None,
         const float[::1] temperature not None,
         const int32_t[::1] top_k not None,
         const float[::1] top_p not None,
@@ -274,10 +282,43 @@ cdef class ReducedDraws:
         self._team = Team(1, team.level)
         self._vocab = vocab
         self._workspace = Buffer(sample_workspace(1, vocab))
+        self._head_k, self._head_temperature, self._whole_below = head_k, head_temperature, whole_below
         self._temperature, self._top_k, self._top_p = temperature, top_k, top_p
         self._min_p, self._seed = min_p, seed
-        for name, rows in (("top_k", top_k), ("top_p", top_p), ("min_p", min_p), ("seed", seed)):
-            _enough(len(rows), temperature.shape[0], name)
+        _enough(head_temperature.shape[0], head_k.shape[0], "head_temperature")
+        _enough(whole_below.shape[0], head_k.shape[0], "whole_below")
+        _enough(temperature.shape[0], head_k.shape[0], "temperature")
+        _enough(top_k.shape[0], head_k.shape[0], "top_k")
+        _enough(top_p.shape[0], head_k.shape[0], "top_p")
+        _enough(min_p.shape[0], head_k.shape[0], "min_p")
+        _enough(seed.shape[0], head_k.shape[0], "seed")
+
+    cdef int _check(self, const int32_t[::1] slots, const int32_t[::1] positions) except -1:
+        cdef int64_t i
+        _enough(positions.shape[0], slots.shape[0], "positions")
+        for i in range(slots.shape[0]):
+            if not 0 <= slots[i] < self._head_k.shape[0]:
+                raise ValueError(f"row {i} is of slot {slots[i]}, of {self._head_k.shape[0]}")
+        return 0
+
+    def modes(
+        self,
+        const int32_t[::1] slots not None,
+        const int32_t[::1] positions not None,
+        int32_t[::1] k not None,
+        float[::1] temperature not None,
+    ):
+        """Writes what HEAD is to keep of the rows of `slots` [S] whose tokens get `positions` [S]: the first S
+        of `k` and of `temperature` (see `Step`). ValueError for arrays that do not fit together."""
+        cdef int64_t i
+        cdef int32_t slot
+        self._check(slots, positions)
+        _enough(k.shape[0], slots.shape[0], "k")
+        _enough(temperature.shape[0], slots.shape[0], "temperature")
+        for i in range(slots.shape[0]):
+            slot = slots[i]
+            k[i] = -1 if positions[i] < self._whole_below[slot] else self._head_k[slot]
+            temperature[i] = self._head_temperature[slot]
 
     def draw(
         self,
@@ -302,12 +343,10 @@ cdef class ReducedDraws:
         cdef int64_t position
         _enough(best_k.shape[0], rows, "best_k")
         _enough(slots.shape[0], rows, "slots")
-        _enough(positions.shape[0], rows, "positions")
+        self._check(slots, positions)
         for i in range(rows):
             if best_k[i] < 1:
                 return -1
-            if not 0 <= slots[i] < self._temperature.shape[0]:
-                raise ValueError(f"row {i} is of slot {slots[i]}, of {self._temperature.shape[0]}")
         memset(&args, 0, sizeof(args))
         args.rows = 1
         args.vocab = self._vocab

@@ -9,7 +9,6 @@ from msgspec import msgpack
 
 from ..checkpoint.sharding import Shard, check_parallel
 from ..errors import ConfigError, OutOfMemoryError
-from ..wire.plan import RESULT_HEADER
 from ..wire.stages import (
     Allocate,
     Allocated,
@@ -123,7 +122,7 @@ class Runner:
             self.backend.cache.num_blocks,
         )
         self._sampler = Sampler(self.backend.team, config.max_num_seqs, config.spec.vocab_size)
-        self._result = np.zeros(RESULT_HEADER + config.max_num_samples, np.int32)
+        self._tokens = np.zeros(config.max_num_samples, np.int32)
         operations, nbytes = self.backend.capture(self._batch)
         return Captured(0 if config.enforce_eager else operations, nbytes)
 
@@ -156,13 +155,13 @@ class Runner:
             backend.cache.copy_blocks(copies)
         samples = batch.inputs.num_samples
         slots, positions = batch.sample_slots, batch.sample_positions
-        modes = self._sampler.head_modes(slots, positions)
-        logits = backend.run(batch, modes)
-        tokens = self._result[RESULT_HEADER : RESULT_HEADER + samples]
+        self._sampler.head_modes(slots, positions, backend.modes)
+        logits = backend.run(batch)
+        tokens = self._tokens[:samples]
         details = None
         if samples:
             if first:
-                best_k = modes.k if backend.best else None
+                best_k = backend.modes.k if backend.best else None
                 details = self._sampler.draw(
                     logits, slots, positions, tokens, best=backend.best, best_k=best_k
                 )
@@ -173,8 +172,7 @@ class Runner:
             return None
         payload = b"" if details is None else msgpack.encode(details)
         spent = min((time.perf_counter_ns() - began) // 1000, _MOST)
-        self._result[:5] = (batch.inputs.epoch, batch.inputs.step, samples, len(payload), spent)
-        return self._result[: RESULT_HEADER + samples].tobytes() + payload
+        return batch.inputs.result(tokens, payload, spent)
 
 
 def _cuda_backend(config: WorkerConfig, model: Decoder, shard: Shard, fds: dict[str, int]) -> "CudaBackend":

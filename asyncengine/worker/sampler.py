@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncengine._fast.cpu import Buffer, ReducedDraws, Team, count_tokens, sample, sample_workspace
+from asyncengine._fast.cpu import Buffer, HeadDraws, Team, count_tokens, sample, sample_workspace
 
 from ..wire.plan import ResultDetails, RowLogprobs, SlotInit
 
@@ -25,12 +25,12 @@ _GREEDY = 1e-5
 
 
 class HeadModes(NamedTuple):
-    """What a step's head (AE_HEAD) is to keep of each sampled row."""
+    """What a step's head (AE_HEAD) is to keep of each sampled row: room for the most rows of a step."""
 
     k: Ints
-    """[S] the row's best k; -1: its logits."""
+    """The row's best k; -1: its logits."""
     temperature: NDArray[np.float32]
-    """[S] by what the logits are divided before they are compared."""
+    """By what the logits are divided before they are compared."""
 
 
 class Sampler:
@@ -50,7 +50,16 @@ class Sampler:
             "min_p": np.zeros(slots, np.float32),
             "seed": np.zeros(slots, np.uint64),
         }
-        self._reduced = ReducedDraws(team, vocab_size, **{name: x.data for name, x in self._draws.items()})
+        self._whole_below = np.zeros(slots, np.int32)
+        """Positions below it need all logits of the slot's rows: its stop ids are banned there."""
+        self._head = HeadDraws(
+            team,
+            vocab_size,
+            head_k=self._head_k.data,
+            head_temperature=self._head_temperature.data,
+            whole_below=self._whole_below.data,
+            **{name: values.data for name, values in self._draws.items()},
+        )
         self._penalties: dict[str, NDArray[Any]] = {
             "presence": np.zeros(slots, np.float32),
             "frequency": np.zeros(slots, np.float32),
@@ -60,7 +69,6 @@ class Sampler:
             "prompt_mask": np.zeros(slots, np.uint64),
         }
         self._num_logprobs = np.full(slots, -1, np.int32)
-        self._min_len = np.zeros(slots, np.int32)
         self._stop_ids: list[Ints] = [np.zeros(0, np.int32)] * slots
         self._history: dict[int, _History] = {}
 
@@ -84,7 +92,7 @@ class Sampler:
         for array, value in zip(self._draws.values(), draws, strict=True):
             array[slot] = value
         self._num_logprobs[slot] = init.logprobs
-        self._min_len[slot] = init.min_len
+        self._whole_below[slot] = init.min_len if self._traits[slot] & _MIN_LEN else 0
         self._stop_ids[slot] = np.array(init.stop_ids, np.int32)
         self._history.pop(slot, None)
         addresses = (0, 0)
@@ -96,15 +104,13 @@ class Sampler:
         for array, value in zip(self._penalties.values(), (*penalties, *addresses), strict=True):
             array[slot] = value
 
-    def head_modes(self, slots: Ints, positions: Ints) -> HeadModes:
-        """What must be kept of the rows that `draw` will be called for with the same arguments.
+    def head_modes(self, slots: Ints, positions: Ints, modes: HeadModes) -> None:
+        """Writes what must be kept of the rows that `draw` will be called for with the same arguments.
 
         Greedy rows need one candidate, rows with top-k as many as that; penalties, log-probabilities, stop
         ids that are banned yet, and distributions that top-k does not bound need all logits.
         """
-        k = self._head_k[slots]
-        k[self._early(slots, positions)] = -1
-        return HeadModes(k, self._head_temperature[slots])
+        self._head.modes(slots, positions, modes.k, modes.temperature)
 
     def draw(
         self,
@@ -125,10 +131,10 @@ class Sampler:
         """
         rows = len(slots)
         if best_k is not None:
-            failures = self._reduced.draw(best, best_k, slots, positions, tokens)
-            if failures == 0:
+            failed = self._head.draw(best, best_k, slots, positions, tokens)
+            if failed == 0:
                 return None
-            if failures > 0:
+            if failed > 0:
                 return ResultDetails({}, _failures(tokens))
         traits = int(np.bitwise_or.reduce(self._traits[slots])) if rows else 0
         options: dict[str, NDArray[Any]] = {}
@@ -158,18 +164,13 @@ class Sampler:
             return None
         return ResultDetails(self._logprobs_of(options, tokens < 0) if traits & _LOGPROBS else {}, failures)
 
-    def _early(self, slots: Ints, positions: Ints) -> NDArray[np.bool_]:
-        """[S] whether the stop ids of a row cannot be drawn yet."""
-        early: NDArray[np.bool_] = (self._traits[slots] & _MIN_LEN != 0) & (positions < self._min_len[slots])
-        return early
-
     def _banned(self, slots: Ints, positions: Ints) -> tuple[Ints, Ints]:
         """Stop ids that cannot be drawn yet: rows' starts [S + 1] in the list of ids."""
         none = np.zeros(0, np.int32)
-        early = self._early(slots, positions)
+        early = (positions < self._whole_below[slots]).tolist()
         ids = [
             self._stop_ids[slot] if row_is_early else none
-            for slot, row_is_early in zip(slots.tolist(), early.tolist(), strict=True)
+            for slot, row_is_early in zip(slots.tolist(), early, strict=True)
         ]
         starts = np.zeros(len(ids) + 1, np.int32)
         np.cumsum([len(row) for row in ids], out=starts[1:])

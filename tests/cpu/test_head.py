@@ -205,6 +205,56 @@ def test_draws_from_candidates_are_those_from_logits(level: str, threads: int) -
         )
         assert whole.tolist() == reduced.tolist() and min(whole) >= 0
 
+        # The same by slot, where every row is reduced; nothing is drawn where one is not.
+        slots = rng.permutation(rows + 5)[:rows].astype(np.int32)
+        names = ("temperature", "top_k", "top_p", "min_p", "seed")
+        by_slot = {name: np.zeros(rows + 5, options[name].dtype) for name in names}
+        for name, values in by_slot.items():
+            values[slots] = options[name]
+        head_t, whole_below = np.ones(rows + 5, np.float32), np.zeros(rows + 5, np.int32)
+        head_t[slots] = np.where(greedy, 1, t)
+        draws = cpu.HeadDraws(
+            head.team, n, head_k=by_slot["top_k"], head_temperature=head_t, whole_below=whole_below, **by_slot
+        )
+        positions = options["position"].astype(np.int32)
+        modes_k, modes_t = ints([0] * rows), floats([0] * rows)
+        whole_below[slots[7]] = positions[7] + 1
+        whole_below[slots[8]] = positions[8]
+        draws.modes(slots, positions, modes_k, modes_t)
+        assert modes_k.tolist() == [-1 if s == 7 else k[s] for s in range(rows)]
+        np.testing.assert_array_equal(modes_t, head_t[slots])
+        drawn = np.full(rows, 5, np.int32)
+        assert draws.draw(head.memory.ctypes.data, modes_k, slots, positions, drawn) == -1
+        assert (drawn == 5).all()
+        head.run(x, k, modes_t)
+        assert draws.draw(head.memory.ctypes.data, k, slots, positions, drawn) == 0
+        assert drawn.tolist() == whole.tolist()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_failed_rows_are_counted(level: str) -> None:
+    head = Head(team(level, 2), np.eye(70, dtype=np.float32), "f32")
+    x = np.zeros((3, 70), np.float32)
+    x[0, 3], x[1, 9], x[2, 69] = np.nan, 1, np.inf
+    k = ints([1, 1, 1])
+    head.run(x, k, floats([1, 1, 1]))
+    slots = dict(temperature=floats([0, 0]), top_k=k[:2], top_p=floats([1, 1]), min_p=floats([0, 0]))
+    draws = cpu.HeadDraws(
+        head.team, 70, head_k=k[:2], head_temperature=floats([1, 1]), whole_below=ints([0, 0]),
+        seed=np.zeros(2, np.uint64), **slots,
+    )  # fmt: skip
+    tokens = ints([5, 5, 5])
+    assert draws.draw(head.memory.ctypes.data, k, ints([1, 0, 1]), ints([4, 4, 5]), tokens) == 2
+    assert tokens.tolist() == [-1, 9, -1]
+    for bad in (ints([1, 2, 1]), ints([1, -1, 1]), ints([0, 1])):
+        with pytest.raises(ValueError, match="slot"):
+            draws.draw(head.memory.ctypes.data, k, bad, ints([4, 4, 5]), tokens)
+        if len(bad) == 3:
+            with pytest.raises(ValueError, match="slot"):
+                draws.modes(bad, ints([4, 4, 5]), k, floats([0, 0, 0]))
+    with pytest.raises(ValueError, match="positions"):
+        draws.draw(head.memory.ctypes.data, k, ints([1, 0, 1]), ints([4, 4]), tokens)
+
 
 def test_temperatures_that_make_values_meet() -> None:
     """Where x / temperature rounds to one value, ids decide: as for logits that were divided before."""

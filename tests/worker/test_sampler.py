@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from asyncengine._fast.cpu import Buffer, Team
-from asyncengine.worker.sampler import Sampler
+from asyncengine.worker.sampler import HeadModes, Sampler
 
 from ..noise import gumbel
 from .plans import PlanBuilder, slot_init
@@ -173,11 +173,13 @@ def test_head_modes_name_what_a_row_needs(team):
         sampler.enter(slot_init(slot, 1, **rule))
     slots = np.array([0, 1, 2, 3, 4, 5, 6, 6, 7, 1], np.int32)
     positions = np.array([5, 5, 5, 5, 5, 5, 8, 9, 5, 6], np.int32)
-    modes = sampler.head_modes(slots, positions)
-    assert modes.k.tolist() == [1, 40, -1, -1, -1, -1, -1, 1, 1, 40]
+    modes = HeadModes(np.zeros(12, np.int32), np.zeros(12, np.float32))
+    sampler.head_modes(slots, positions, modes)
+    assert modes.k.tolist() == [1, 40, -1, -1, -1, -1, -1, 1, 1, 40, 0, 0]
     assert modes.temperature[[0, 1, 7, 8, 9]] == pytest.approx([1, 0.7, 1, 1, 0.7])
     sampler.enter(slot_init(4, 1))
-    assert sampler.head_modes(slots, positions).k[4] == 1
+    sampler.head_modes(slots, positions, modes)
+    assert modes.k[4] == 1
 
 
 def test_a_slot_with_several_rows_counts_all_its_tokens(team):

@@ -1,4 +1,4 @@
-"""A plan's parts, and the bounds that they must keep, for the GPU: its step is launched from views of them."""
+"""A plan's parts as views of its bytes, and their bounds. (On a CPU native code reads plans.)"""
 
 import struct
 from typing import NamedTuple

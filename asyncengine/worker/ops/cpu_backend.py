@@ -103,8 +103,8 @@ class CpuBackend:
         self.operations: list[Operation] = recorder.operations
         self.best = recorder.best
         """Address of what the head keeps of rows that it does not store; 0: it stores all."""
-        self._head_k = np.full(self._config.max_num_samples, -1, np.int32)
-        self._head_temperature = np.ones(self._config.max_num_samples, np.float32)
+        samples = self._config.max_num_samples
+        self.modes = HeadModes(np.full(samples, -1, np.int32), np.ones(samples, np.float32))
         self._program = Program(self.team)
         for operation in self.operations:
             self._program.add(*operation)
@@ -117,8 +117,8 @@ class CpuBackend:
             row_slot=batch.row_slot.data,
             block_table=batch.block_table.data,
             sample_rows=batch.sample_rows.data,
-            head_k=self._head_k.data,
-            head_temperature=self._head_temperature.data,
+            head_k=self.modes.k.data,
+            head_temperature=self.modes.temperature.data,
         )
         return len(self._program), OPERATION_BYTES * len(self._program)
 
@@ -150,13 +150,11 @@ class CpuBackend:
         self._asleep = 0
         return ""
 
-    def run(self, batch: Batch, modes: HeadModes) -> int:
+    def run(self, batch: Batch) -> int:
         """Computes the step that `batch` has prepared; the address of its logits [samples, vocabulary], of
         which `modes` tells the rows that are stored."""
-        samples = batch.inputs.num_samples
-        self._head_k[:samples] = modes.k
-        self._head_temperature[:samples] = modes.temperature
-        self._step.set_counts(batch.inputs.num_tokens, batch.inputs.num_rows, samples)
+        inputs = batch.inputs
+        self._step.set_counts(inputs.num_tokens, inputs.num_rows, inputs.num_samples)
         if self._config.enforce_eager:
             for index in range(len(self._program)):
                 self._program.run_op(index, self._step)
