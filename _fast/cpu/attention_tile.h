@@ -122,9 +122,9 @@ AE_INLINE void score(int lines, int type, attention_scratch *s, const attention 
     for (; i < end; i += W) score_at(lines, 1, type, s, a, t, line, i);
 }
 
-/* Scores of lines [lo, hi) into weights 2^(score - m), of pairs as bf16 from the row's beginning, and `factor`, by which what a line has so far is to be
- * scaled. Each loop is over all of them, for one line's chain of operations is long. Not inlined, so that
- * there is one compilation of its arithmetic. */
+/* Scores of lines [lo, hi) into weights 2^(score - m), those of pairs as bf16 from the row's beginning on, and
+ * `factor`, by which what a line has so far is to be scaled. Each loop is over all of them, for one line's chain
+ * of operations is long. Not inlined, so that there is one compilation of its arithmetic. */
 static __attribute__((noinline)) void weights(attention_scratch *s, const attention *a, int64_t lo,
                                               int64_t hi) {
     for (int64_t line = lo; line < hi; line++) {
@@ -173,7 +173,16 @@ AE_INLINE void add_pairs(int lines, int vectors, vf sum[LINES][VECTORS], attenti
                          int64_t line, int64_t d, int64_t from, int64_t to) {
     const int32_t *weight = (const int32_t *)(s->scores + line % BATCH * TILE_KEYS);
     const float *value = s->data.values + d;
-#define ADD_PAIR(pair, seen)                                                                do {                                                                                        vi v[VECTORS];                                                                          if (d == 0) fetch(&s->ahead, 1);                                                        EACH(k, vectors) v[k] = vi_load(value + (pair) * padded + k * W) seen;                  EACH(r, lines) {                                                                            const bf16_pair w = bf16_pair_of(weight[r * TILE_KEYS + (pair)]);                       EACH(k, vectors) sum[r][k] = bf16_dot(sum[r][k], w, v[k]);                          }                                                                                   } while (0)
+#define ADD_PAIR(pair, seen)                                                        \
+    do {                                                                            \
+        vi v[VECTORS];                                                              \
+        if (d == 0) fetch(&s->ahead, 1);                                            \
+        EACH(k, vectors) v[k] = vi_load(value + (pair) * padded + k * W) seen;      \
+        EACH(r, lines) {                                                            \
+            const bf16_pair w = bf16_pair_of(weight[r * TILE_KEYS + (pair)]);       \
+            EACH(k, vectors) sum[r][k] = bf16_dot(sum[r][k], w, v[k]);              \
+        }                                                                           \
+    } while (0)
     int64_t pair = from / 2;
     if (from % 2) {
         ADD_PAIR(pair, &vi_set((int32_t)0xFFFF0000));
