@@ -43,5 +43,5 @@ AE_INLINE void bf16_put(uint16_t *p, vf x) {
     __asm__("bfcvtn %0.4h, %1.4s" : "=w"(rounded) : "w"(x));
     memcpy(p, &rounded, sizeof rounded);
 }
-AE_INLINE vi bf16_words(vf low, vf high) { return ((vi)low >> 16) | (vi)high; }
+AE_INLINE vi bf16_words(vf low, vf high) { return (vi)((vu)low >> 16 | (vu)high); }
 #endif
