@@ -18,6 +18,10 @@ Ints = NDArray[np.int32]
 
 _INITS = msgpack.Decoder(list[SlotInit])
 _NO_COPIES = np.zeros((0, 2), np.int32)
+_STEP_ARRAYS = (
+    *("token_ids", "positions", "token_row", "query_start", "context_len"),
+    *("row_slot", "block_table", "sample_rows"),
+)
 
 
 class Batch:
@@ -38,21 +42,18 @@ class Batch:
         self._sample_slots = np.zeros(max_samples, np.int32)
         self._sample_positions = np.zeros(max_samples, np.int32)
         self.inputs = StepInputs(
-            block_table=self.block_table.data,
+            **self.step_arrays(),
             last_token=self.last_token.data,
-            token_ids=self.token_ids.data,
-            positions=self.positions.data,
-            token_row=self.token_row.data,
-            query_start=self.query_start.data,
-            context_len=self.context_len.data,
-            row_slot=self.row_slot.data,
-            sample_rows=self.sample_rows.data,
             sample_slots=self._sample_slots.data,
             sample_positions=self._sample_positions.data,
             max_len=max_len,
             num_blocks=num_blocks,
         )
         """Knows the last plan's number, and how many rows, tokens and samples it has."""
+
+    def step_arrays(self) -> dict[str, memoryview]:
+        """What the native step reads, by the names that it has there (`Step`)."""
+        return {name: getattr(self, name).data for name in _STEP_ARRAYS}
 
     @property
     def sample_slots(self) -> Ints:

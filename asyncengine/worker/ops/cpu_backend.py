@@ -109,14 +109,7 @@ class CpuBackend:
         for operation in self.operations:
             self._program.add(*operation)
         self._step = Step(
-            token_ids=batch.token_ids.data,
-            positions=batch.positions.data,
-            token_row=batch.token_row.data,
-            query_start=batch.query_start.data,
-            context_len=batch.context_len.data,
-            row_slot=batch.row_slot.data,
-            block_table=batch.block_table.data,
-            sample_rows=batch.sample_rows.data,
+            **batch.step_arrays(),
             head_k=self.modes.k.data,
             head_temperature=self.modes.temperature.data,
         )
