@@ -200,6 +200,7 @@ class HeadDraws:
         self,
         team: Team,
         vocab: int,
+        workspace: int,
         *,
         head_k: ReadableBuffer,
         head_temperature: ReadableBuffer,

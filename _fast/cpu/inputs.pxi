@@ -13,8 +13,7 @@ cdef enum:
 cdef int32_t *_start(int32_t[::1] array, int64_t size, str name) except? NULL:
     if size < 1:
         raise ValueError("a batch has at least one slot, token, sample and block")
-    if array.shape[0] < size:
-        raise ValueError(f"{name} has {array.shape[0]} elements where {size} are needed")
+    _enough(array.shape[0], size, name)
     return &array[0]
 
 

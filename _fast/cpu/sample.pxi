@@ -251,10 +251,11 @@ cdef class HeadDraws:
 
     `head_k` and `head_temperature` are those of a row, which keeps all its logits while its token's position
     is below `whole_below`. One thread draws: of so few candidates a row takes less time than waking another.
+    `workspace` is that of `sample`; the caller keeps it alive.
     """
 
     cdef Team _team
-    cdef Buffer _workspace
+    cdef char *_workspace
     cdef int64_t _vocab
     cdef const int32_t[::1] _head_k
     cdef const float[::1] _head_temperature
@@ -269,6 +270,7 @@ cdef class HeadDraws:
         self,
         Team team not None,
         int64_t vocab,
+        uintptr_t workspace,
         *,
         const int32_t[::1] head_k not None,
         const float[::1] head_temperature not None,
@@ -281,7 +283,7 @@ cdef class HeadDraws:
     ):
         self._team = Team(1, team.level)
         self._vocab = vocab
-        self._workspace = Buffer(sample_workspace(1, vocab))
+        self._workspace = <char *>workspace
         self._head_k, self._head_temperature, self._whole_below = head_k, head_temperature, whole_below
         self._temperature, self._top_k, self._top_p = temperature, top_k, top_p
         self._min_p, self._seed = min_p, seed
@@ -350,7 +352,7 @@ cdef class HeadDraws:
         memset(&args, 0, sizeof(args))
         args.rows = 1
         args.vocab = self._vocab
-        args.workspace = <char *><uintptr_t>self._workspace.address
+        args.workspace = self._workspace
         args.temperature, args.top_k, args.top_p = &temperature, &top_k, &top_p
         args.min_p, args.seed, args.position = &min_p, &seed, &position
         for i in range(rows):

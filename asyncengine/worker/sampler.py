@@ -55,6 +55,7 @@ class Sampler:
         self._head = HeadDraws(
             team,
             vocab_size,
+            self._workspace.address,
             head_k=self._head_k.data,
             head_temperature=self._head_temperature.data,
             whole_below=self._whole_below.data,

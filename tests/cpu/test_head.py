@@ -213,8 +213,13 @@ def test_draws_from_candidates_are_those_from_logits(level: str, threads: int) -
             values[slots] = options[name]
         head_t, whole_below = np.ones(rows + 5, np.float32), np.zeros(rows + 5, np.int32)
         head_t[slots] = np.where(greedy, 1, t)
+        workspace = cpu.Buffer(cpu.sample_workspace(1, n))
         draws = cpu.HeadDraws(
-            head.team, n, head_k=by_slot["top_k"], head_temperature=head_t, whole_below=whole_below, **by_slot
+            *(head.team, n, workspace.address),
+            head_k=by_slot["top_k"],
+            head_temperature=head_t,
+            whole_below=whole_below,
+            **by_slot,
         )
         positions = options["position"].astype(np.int32)
         modes_k, modes_t = ints([0] * rows), floats([0] * rows)
@@ -239,8 +244,10 @@ def test_failed_rows_are_counted(level: str) -> None:
     k = ints([1, 1, 1])
     head.run(x, k, floats([1, 1, 1]))
     slots = dict(temperature=floats([0, 0]), top_k=k[:2], top_p=floats([1, 1]), min_p=floats([0, 0]))
+    workspace = cpu.Buffer(cpu.sample_workspace(1, 70))
     draws = cpu.HeadDraws(
-        head.team, 70, head_k=k[:2], head_temperature=floats([1, 1]), whole_below=ints([0, 0]),
+        head.team, 70, workspace.address,
+        head_k=k[:2], head_temperature=floats([1, 1]), whole_below=ints([0, 0]),
         seed=np.zeros(2, np.uint64), **slots,
     )  # fmt: skip
     tokens = ints([5, 5, 5])
