@@ -64,7 +64,7 @@ typedef struct span {
 /* Where the rows of a tile lie. */
 typedef struct tile_rows {
     const char *key[TILE_KEYS], *value[TILE_KEYS];
-    int64_t from, to; /* of the tile's TILE_KEYS positions */
+    int32_t from, to; /* of the tile's TILE_KEYS positions */
 } tile_rows;
 
 /* Rows that will be read soon. Blocks lie anywhere, so that no hardware guesses where the next one is; and it
@@ -89,8 +89,8 @@ typedef struct tile_data {
 /* The rows of the tile that holds position j, as far as they are in the span. */
 static void locate(tile_rows *rows, const attention *a, const span *s, int64_t j) {
     const int64_t size = (int64_t)ae_type_size(a->type) * a->dim, first = j / TILE_KEYS * TILE_KEYS;
-    rows->from = s->begin > first ? s->begin - first : 0;
-    rows->to = s->end - first < TILE_KEYS ? s->end - first : TILE_KEYS;
+    rows->from = s->begin > first ? (int32_t)(s->begin - first) : 0;
+    rows->to = s->end - first < TILE_KEYS ? (int32_t)(s->end - first) : TILE_KEYS;
     int64_t number = (first + rows->from) / a->block, offset = (first + rows->from) % a->block;
     for (int64_t i = rows->from; i < rows->to; number++, offset = 0) {
         const int64_t at = s->table[number] * a->block_stride + (s->head * a->block + offset) * size;

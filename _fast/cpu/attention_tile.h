@@ -23,7 +23,7 @@ typedef struct line_tile {
 /* A thread's scratch. */
 typedef struct attention_scratch {
     tile_data data;
-    float acc[TILE_LINES * MAX_DIM / 2], merged[TILE_LINES * MAX_DIM / 2]; /* rows of `padded` */
+    float sums[2][TILE_LINES * MAX_DIM / 2], *acc; /* rows of `padded`; `acc`: those of a split, one of both */
     float scores[BATCH * TILE_KEYS]; /* of line i at row i % BATCH */
     uint16_t queries[TILE_LINES * MAX_DIM / 2]; /* pairs: rows of `padded` */
     float l[TILE_LINES * W], m[TILE_LINES]; /* a line's weights summed lane by lane, and its maximum */
@@ -122,48 +122,51 @@ AE_INLINE void score(int lines, int type, attention_scratch *s, const attention 
     for (; i < end; i += W) score_at(lines, 1, type, s, a, t, line, i);
 }
 
-/* Scores of lines [lo, hi) into weights 2^(score - m), those of pairs as bf16 from the row's beginning on, and
- * `factor`, by which what a line has so far is to be scaled. Each loop is over all of them, for one line's chain
- * of operations is long. Not inlined, so that there is one compilation of its arithmetic. */
-static __attribute__((noinline)) void weights(attention_scratch *s, const attention *a, int64_t lo,
-                                              int64_t hi) {
+/* Scores of lines [lo, hi) into weights 2^(score - m), and `factor`, by which what a line has so far is to be
+ * scaled. Each loop is over all of them, for one line's chain of operations is long. */
+AE_INLINE void weights_as(int type, attention_scratch *s, int64_t lo, int64_t hi) {
     for (int64_t line = lo; line < hi; line++) {
         const int64_t from = s->from[line], to = s->to[line];
         s->drop[line] = 0.0f;
         if (from >= to) continue;
         float *p = s->scores + line % BATCH * TILE_KEYS;
-        const int64_t begin = from / W * W, end = (to + W - 1) / W * W;
-        for (int64_t i = begin; i < from; i++) p[i] = -INFINITY;
-        for (int64_t i = to; i < end; i++) p[i] = -INFINITY;
+        for (int64_t i = 0; i < from; i++) p[i] = -INFINITY;
+        for (int64_t i = to; i < TILE_KEYS; i++) p[i] = -INFINITY;
         const float old = s->m[line];
         vf max = vf_set(old);
-        for (int64_t i = begin; i < end; i += W) max = vf_max(max, vf_load(p + i));
+        EACH(i, TILE_KEYS / W) max = vf_max(max, vf_load(p + i * W));
         s->m[line] = vf_hmax(max);
         s->drop[line] = old - s->m[line];
     }
     for (int64_t line = lo; line < hi; line += W)
         vf_store(s->factor + line, vf_exp2(vf_load(s->drop + line)));
-    const float *scales = a->type == AE_I8 ? s->data.value_scale : NULL;
     for (int64_t line = lo; line < hi; line++) {
-        const int64_t from = s->from[line], to = s->to[line];
-        if (from >= to) continue;
+        if (s->from[line] >= s->to[line]) continue;
         float *p = s->scores + line % BATCH * TILE_KEYS, *total = s->l + line * W;
-        const int64_t begin = from / W * W, end = (to + W - 1) / W * W;
         const vf m = vf_set(s->m[line]);
         vf sum = vf_mul(vf_load(total), vf_set(s->factor[line]));
-        for (int64_t i = begin; i < end; i += W) {
-            vf x = vf_exp2(vf_sub(vf_load(p + i), m));
+        EACH(i, TILE_KEYS / W) {
+            vf x = vf_exp2(vf_sub(vf_load(p + i * W), m));
             sum = vf_add(sum, x);
 #if defined(BF16_DOT)
-            if (PAIRS(a->type)) {
-                bf16_put((uint16_t *)p + i, x);
+            if (PAIRS(type)) {
+                bf16_put((uint16_t *)p + i * W, x);
                 continue;
             }
 #endif
-            vf_store(p + i, scales ? vf_mul(x, vf_load(scales + i)) : x);
+            vf_store(p + i * W, type == AE_I8 ? vf_mul(x, vf_load(s->data.value_scale + i * W)) : x);
         }
         vf_store(total, sum);
     }
+}
+
+/* Not inlined, so that there is one compilation of its arithmetic. Those of pairs are bf16, from the row's
+ * beginning on; those of int8 are multiplied by the scales of values. */
+static __attribute__((noinline)) void weights(attention_scratch *s, const attention *a, int64_t lo,
+                                              int64_t hi) {
+    if (a->type == AE_I8) weights_as(AE_I8, s, lo, hi);
+    else if (PAIRS(a->type)) weights_as(AE_BF16, s, lo, hi);
+    else weights_as(AE_F32, s, lo, hi);
 }
 
 #if defined(BF16_DOT)
@@ -334,9 +337,9 @@ NOINLINE attend_split(attention_scratch *s, const attention *a, const line_tile 
         else if (next) queue_tile(&s->ahead, a, &next->keys, next->keys.begin);
         load_tile(&s->data, a, &part, &s->rows, j, expanded, &s->ahead);
         for (int64_t i = 0; i < t->lines; i++) {
-            const int64_t from = t->first[i] - j, to = t->last[i] - j;
-            s->from[i] = (int32_t)(from > s->rows.from ? from : s->rows.from);
-            s->to[i] = (int32_t)(to < s->rows.to ? to : s->rows.to);
+            const int32_t from = t->first[i] - (int32_t)j, to = t->last[i] - (int32_t)j;
+            s->from[i] = from > s->rows.from ? from : s->rows.from;
+            s->to[i] = to < s->rows.to ? to : s->rows.to;
         }
         attend(s, a, t, blocks);
     }
@@ -362,15 +365,16 @@ static __attribute__((noinline)) void merge(float *out, float *M, float *L, cons
     *M = max;
 }
 
-/* Head h of a token, from its sum of weighted values, which is overwritten. */
+/* Head h of a token, from its sum of weighted values, which may be overwritten. */
 static void finish(const attention *a, int64_t token, int64_t h, float *merged, float L) {
     const int64_t width = a->q_heads * a->dim, D = a->dim;
     const vf scale = vf_set(1.0f / L);
-    for (int64_t d = 0; d < a->padded; d += W) vf_store(merged + d, vf_mul(vf_load(merged + d), scale));
-    if (a->out) memcpy(a->out + token * width + h * D, merged, (size_t)D * sizeof(float));
+    float *out = a->out ? a->out + token * width + h * D : merged;
+    for (int64_t d = 0; d < D; d += W)
+        vf_store_n(out + d, vf_mul(vf_load(merged + d), scale), D - d < W ? (int)(D - d) : W);
     if (a->row8)
-        quantize_groups(a->row8 + token * ae_row8_bytes(width, a->row8_group), merged, width, a->row8_group,
-                        h * D, (h + 1) * D);
+        quantize_groups(a->row8 + token * ae_row8_bytes(width, a->row8_group), out, width, a->row8_group, h * D,
+                        (h + 1) * D);
 }
 
 #undef VECTORS

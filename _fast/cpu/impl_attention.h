@@ -33,14 +33,16 @@ static void open_tile(line_tile *t, const attention *a, int64_t r, int64_t head,
     t->first_line = lo;
     t->lines = hi - lo;
     t->partials = NULL;
+    int64_t token = step->query_start[r] + lo / a->group, h = lo % a->group;
     for (int64_t i = 0; i < t->lines; i++) {
-        const int64_t token = step->query_start[r] + (lo + i) / a->group, h = (lo + i) % a->group;
         const int64_t position = step->positions[token], first = first_seen(a, position);
         t->query[i] = a->qkv + token * a->stride + (head * a->group + h) * a->dim;
         t->first[i] = (int32_t)first;
         t->last[i] = (int32_t)position + 1;
+        ae_prefetch(t->query[i], a->dim);
         t->keys.begin = first < t->keys.begin ? first : t->keys.begin;
         t->keys.end = position + 1 > t->keys.end ? position + 1 : t->keys.end;
+        if (++h == a->group) token++, h = 0;
     }
 }
 
@@ -127,23 +129,28 @@ static void open_item(line_tile *t, const attention *a, const work *w, int64_t i
 
 static void whole_tile(attention_scratch *s, const attention *a, const line_tile *t, const line_tile *next) {
     const int64_t padded = a->padded;
-    memset(s->merged_l, 0, sizeof s->merged_l);
+    float *merged = s->sums[0];
     for (int64_t begin = t->keys.begin; begin < t->keys.end;) {
         const int64_t limit = (begin / SPLIT + 1) * SPLIT, end = limit < t->keys.end ? limit : t->keys.end;
+        const int first = begin == t->keys.begin;
+        s->acc = s->sums[!first];
         attend_split(s, a, t, begin, end, next);
-        for (int64_t i = 0; i < t->lines; i++)
-            merge(s->merged + i * padded, &s->merged_m[i], &s->merged_l[i], s->acc + i * padded, s->m[i],
-                  vf_sum(vf_load(s->l + i * W)), padded);
+        for (int64_t i = 0; i < t->lines; i++) {
+            const float l = vf_sum(vf_load(s->l + i * W));
+            if (first) s->merged_m[i] = s->m[i], s->merged_l[i] = l;
+            else merge(merged + i * padded, &s->merged_m[i], &s->merged_l[i], s->acc + i * padded, s->m[i], l, padded);
+        }
         begin = end;
     }
     for (int64_t i = 0; i < t->lines; i++) {
         const int64_t line = t->first_line + i, token = a->step->query_start[t->row] + line / a->group;
-        finish(a, token, t->keys.head * a->group + line % a->group, s->merged + i * padded, s->merged_l[i]);
+        finish(a, token, t->keys.head * a->group + line % a->group, merged + i * padded, s->merged_l[i]);
     }
 }
 
 static void one_split(attention_scratch *s, const attention *a, const line_tile *t, const line_tile *next) {
     if (t->keys.begin >= t->keys.end) return; /* beyond what this tile sees; nobody reads its partial */
+    s->acc = s->sums[0];
     attend_split(s, a, t, t->keys.begin, t->keys.end, next);
     for (int64_t i = 0; i < t->lines; i++) {
         const int64_t line = t->first_line + i, h = t->keys.head * a->group + line % a->group;
@@ -166,9 +173,9 @@ static void combine(attention_scratch *s, const attention *a, const work *w, con
         float M = 0.0f, L = 0.0f;
         for (int64_t split = first / SPLIT; split <= position / SPLIT; split++) {
             const float *partial = partials_of(w, a, split - w->first_split) + line * a->partial;
-            merge(s->merged, &M, &L, partial, partial[padded], partial[padded + 1], padded);
+            merge(s->sums[0], &M, &L, partial, partial[padded], partial[padded + 1], padded);
         }
-        finish(a, token, h, s->merged, L);
+        finish(a, token, h, s->sums[0], L);
     }
 }
 
