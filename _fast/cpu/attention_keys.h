@@ -36,12 +36,18 @@ AE_INLINE void transpose(vf *a) {
 }
 
 /* Whether numbers of the cache are multiplied as pairs of bf16: keys by two of their dimensions, with queries
- * rounded to bf16; values by two positions, an even one and the next, with weights rounded to bf16. (Codes of
- * int8 are exact as bf16, but to make them so takes decode as long as it saves.) */
+ * rounded to bf16; values by two positions, an even one and the next, with weights rounded to bf16. */
 #if defined(BF16_DOT)
 #define PAIRS(type) ((type) == AE_BF16)
 #else
 #define PAIRS(type) 0
+#endif
+
+/* Whether codes of the cache are multiplied as they are (attention_codes.h). */
+#if defined(INT_DOT)
+#define INTEGERS(type) ((type) == AE_I8)
+#else
+#define INTEGERS(type) 0
 #endif
 
 typedef struct attention {
@@ -67,21 +73,28 @@ typedef struct tile_rows {
     int32_t from, to; /* of the tile's TILE_KEYS positions */
 } tile_rows;
 
-/* Rows that will be read soon. Blocks lie anywhere, so that no hardware guesses where the next one is; and it
- * takes prefetches all through the work on a tile to keep memory busy. */
-typedef struct row_queue {
-    const char *rows[2 * TILE_KEYS], **at, **end;
-    int64_t bytes; /* of a row */
-} row_queue;
+/* What will be read soon: so many runs of bytes, keys and values of blocks. Blocks lie anywhere, so that no hardware
+ * guesses where the next one is; and it takes prefetches all through the work on a tile to keep memory busy. */
+typedef struct run_queue {
+    const char *runs[2 * TILE_KEYS];
+    int64_t count, at, bytes; /* each is fetched from `at` on, but the last two end at `last` */
+    int64_t last, stride;     /* `stride`: of what a call fetches of each */
+} run_queue;
 
-AE_INLINE void fetch(row_queue *q, int64_t rows) {
-    for (; rows > 0 && q->at < q->end; rows--, q->at++)
-        for (int64_t byte = 0; byte < q->bytes; byte += 64) __builtin_prefetch(*q->at + byte);
+/* Calls of fetch() in each of the four phases of the work on a tile: loading keys, loading values, scores, sums. */
+#define FETCHES 4
+
+/* Lines of several pages in turn: see fetch.h. */
+AE_INLINE void fetch(run_queue *q) {
+    for (const int64_t end = q->at + q->stride; q->at < end && q->at < q->bytes; q->at += 64) {
+        const int64_t count = q->at < q->last ? q->count : q->count - 2;
+        for (int64_t i = 0; i < count; i++) __builtin_prefetch(q->runs[i] + q->at);
+    }
 }
 
 typedef struct tile_data {
     float keys[MAX_DIM * TILE_KEYS];   /* transposed: [dim or word][TILE_KEYS] */
-    float values[TILE_KEYS * MAX_DIM]; /* [TILE_KEYS][padded]; pairs: words, [TILE_KEYS / 2][padded] */
+    float values[TILE_KEYS * MAX_DIM]; /* [TILE_KEYS][padded]; words of 2 or 4 positions: [.. / 2 or 4][padded] */
     float key_scale[TILE_KEYS], value_scale[TILE_KEYS];
     const char *value[TILE_KEYS]; /* rows */
 } tile_data;
@@ -113,30 +126,33 @@ static void load_scales(tile_data *t, const attention *a, const span *s, int64_t
         const int64_t at = scales_at(a, s, first + i), left = i + a->block - (first + i) % a->block;
         const int64_t end = left < to ? left : to;
         const float *key = (const float *)(a->keys + at), *value = (const float *)(a->values + at);
+        for (; i + W <= end; i += W, key += W, value += W) {
+            vf_store(t->key_scale + i, vf_mul(vf_load(key), vf_set(a->scale)));
+            vf_store(t->value_scale + i, vf_load(value));
+        }
         for (; i < end; i++) t->key_scale[i] = *key++ * a->scale, t->value_scale[i] = *value++;
     }
 }
 
-static void queue_tile(row_queue *q, const attention *a, const span *s, int64_t j) {
-    tile_rows tile;
-    locate(&tile, a, s, j);
-    const int64_t n = tile.to - tile.from, half = n / 2;
-    /* Lines of several pages in turn: see fetch.h. */
-    const char **key = tile.key + tile.from, **value = tile.value + tile.from, **row = q->rows;
-    for (int64_t i = 0; i < half; i++) {
-        *row++ = key[i];
-        *row++ = value[i];
-        *row++ = key[half + i];
-        *row++ = value[half + i];
+/* The rows of the tile that holds position j. */
+static void queue_tile(run_queue *q, const attention *a, const span *s, int64_t j) {
+    const int64_t first = j / TILE_KEYS * TILE_KEYS, begin = s->begin > first ? s->begin : first;
+    const int64_t end = s->end < first + TILE_KEYS ? s->end : first + TILE_KEYS, block = a->block;
+    const int64_t size = (int64_t)ae_type_size(a->type) * a->dim, most = block < TILE_KEYS ? block : TILE_KEYS;
+    q->count = q->at = 0;
+    for (int64_t i = begin; i < end;) {
+        const int64_t offset = most == block ? 0 : first % block, next = (i / block + 1) * block;
+        const int64_t at = s->table[i / block] * a->block_stride + (s->head * block + offset) * size;
+        q->runs[q->count++] = a->keys + at;
+        q->runs[q->count++] = a->values + at;
+        q->last = ((next < end ? next : end) - i / block * block - offset) * size;
+        i = next;
     }
-    if (n % 2) *row++ = key[n - 1], *row++ = value[n - 1];
-    q->at = q->rows;
-    q->end = row;
-    q->bytes = (int64_t)ae_type_size(a->type) * a->dim;
+    q->bytes = q->count > 2 ? most * size : q->last;
+    q->stride = (q->bytes + 4 * FETCHES * 64 - 1) / (4 * FETCHES * 64) * 64;
     if (a->type != AE_I8) return;
-    const int64_t first = j / TILE_KEYS * TILE_KEYS;
-    for (int64_t i = tile.from; i < tile.to; i += 16) {
-        const int64_t at = scales_at(a, s, first + i);
+    for (int64_t i = begin; i < end; i += 16) {
+        const int64_t at = scales_at(a, s, i);
         __builtin_prefetch(a->keys + at);
         __builtin_prefetch(a->values + at);
     }
@@ -151,8 +167,13 @@ AE_INLINE vf load_words(const char *p, int64_t bytes) {
     return vf_load(words);
 }
 
+/* fetch() where i is one of so many parts of a phase. */
+AE_INLINE void fetch_at(run_queue *q, int64_t i, const int64_t parts) {
+    if (i % (parts / FETCHES) == 0) fetch(q);
+}
+
 /* Columns [i, i + W) of the transposed keys at the dimensions in `bytes` bytes of rows from `byte` on. Words
- * are transposed, and taken apart after that: the fewest shuffles. */
+ * are transposed, and taken apart after that: the fewest shuffles. Codes that stay in words become unsigned. */
 AE_INLINE void load_keys(int type, int expanded, tile_data *t, const char *const *key, int64_t i,
                          int64_t byte, int64_t bytes) {
     const int size = expanded ? (int)ae_type_size(type) : 4, parts = 4 / size;
@@ -163,12 +184,13 @@ AE_INLINE void load_keys(int type, int expanded, tile_data *t, const char *const
     EACH(k, W)
 #pragma GCC unroll 4
         for (int part = 0; part < parts; part++)
-            vf_store(to + (k * parts + part) * TILE_KEYS, expanded ? part_as(type, v[k], part) : v[k]);
+            if (type == AE_I8 && !expanded) vi_store(to + k * TILE_KEYS, vf_bits(v[k]) ^ vi_set((int32_t)0x80808080));
+            else vf_store(to + (k * parts + part) * TILE_KEYS, expanded ? part_as(type, v[k], part) : v[k]);
 }
 
 /* The tile's keys, transposed: as floats if `expanded`, else as words of the cache's type. */
 AE_INLINE void load_keys_as(int type, int expanded, tile_data *t, const attention *a, tile_rows *rows,
-                            row_queue *ahead) {
+                            run_queue *ahead) {
     const int64_t size = (int64_t)ae_type_size(expanded ? type : a->type) * a->dim;
     const int64_t from = rows->from, to = rows->to, begin = from / W * W, end = (to + W - 1) / W * W;
     /* Vectors of keys reach beyond the ends; any key does there, for its score is never used. */
@@ -176,7 +198,7 @@ AE_INLINE void load_keys_as(int type, int expanded, tile_data *t, const attentio
     for (int64_t i = to; i < end; i++) rows->key[i] = rows->key[from];
     for (int64_t i = begin; i < end; i += W) {
         int64_t byte = 0;
-        fetch(ahead, W / 4);
+        fetch_at(ahead, i, TILE_KEYS);
         for (; byte + 4 * W <= size; byte += 4 * W) load_keys(type, expanded, t, rows->key, i, byte, 4 * W);
         if (byte < size) load_keys(type, expanded, t, rows->key, i, byte, size - byte);
     }
@@ -193,30 +215,55 @@ AE_INLINE void load_values_as(int type, tile_data *t, const attention *a, const 
     }
 }
 
+/* Values as words of 2 positions (pairs) or 4, given the rows of these: W words from dimension d on, of which n
+ * exist. */
+AE_INLINE vi words_of(int positions, const char *const *row, int64_t d, int64_t n) {
+    char tail[4][2 * W] = {{0}};
+    const char *at[4];
+    EACH(i, positions) {
+        at[i] = row[i] + d * (4 / positions);
+        if (n < W) at[i] = memcpy(tail[i], at[i], (size_t)(n * (4 / positions)));
+    }
 #if defined(BF16_DOT)
-/* Its values as pairs; zeros for a position that the tile does not have. */
-static void pair_values(tile_data *t, const attention *a, const tile_rows *rows, row_queue *ahead) {
-    static const uint16_t none[MAX_DIM];
-    for (int64_t i = rows->from / 2 * 2; i < rows->to; i += 2) {
-        const void *low = i < rows->from ? (const void *)none : rows->value[i];
-        const void *high = i + 1 < rows->to ? rows->value[i + 1] : (const void *)none;
-        fetch(ahead, 2);
-        for (int64_t d = 0; d < a->dim; d += W)
-            vi_store(t->values + i / 2 * a->padded + d,
-                     bf16_words(load_as(AE_BF16, low, d, a->dim - d), load_as(AE_BF16, high, d, a->dim - d)));
+    if (positions == 2) return vi_pairs(at[0], at[1]);
+#endif
+    return vi_quads(at);
+}
+
+/* Values as such words, `beyond` for positions that the tile does not have. */
+AE_INLINE void load_words_of(int positions, tile_data *t, const attention *a, tile_rows *rows, const char *beyond,
+                             run_queue *ahead) {
+    const int64_t D = a->dim, whole = D / W * W;
+    const int64_t from = rows->from / positions, to = (rows->to + positions - 1) / positions;
+    for (int64_t i = from * positions; i < rows->from; i++) rows->value[i] = beyond;
+    for (int64_t i = rows->to; i < to * positions; i++) rows->value[i] = beyond;
+    for (int64_t i = from; i < to; i++) {
+        const char *const *row = rows->value + i * positions;
+        float *words = t->values + i * a->padded;
+        fetch_at(ahead, i, TILE_KEYS / positions);
+        for (int64_t d = 0; d < whole; d += W) vi_store(words + d, words_of(positions, row, d, W));
+        if (whole < D) vi_store(words + whole, words_of(positions, row, whole, D - whole));
     }
 }
-#endif
 
 /* Brings a tile into scratch: keys transposed, as floats if `expanded` and else as words of the cache's type;
  * values as rows of floats, or where they lie, or in pairs. Meanwhile what is `ahead` comes nearer. */
 static __attribute__((noinline)) void load_tile(tile_data *t, const attention *a, const span *s,
                                                 tile_rows *rows, int64_t first, int expanded,
-                                                row_queue *ahead) {
+                                                run_queue *ahead) {
 #if defined(BF16_DOT)
     if (PAIRS(a->type)) {
+        static const uint16_t zeros[MAX_DIM];
         load_keys_as(AE_F32, 0, t, a, rows, ahead);
-        pair_values(t, a, rows, ahead);
+        load_words_of(2, t, a, rows, (const char *)zeros, ahead);
+        return;
+    }
+#endif
+#if defined(INT_DOT)
+    if (INTEGERS(a->type)) {
+        load_keys_as(AE_I8, 0, t, a, rows, ahead);
+        load_words_of(4, t, a, rows, rows->value[rows->from], ahead); /* weights of any others are zeros */
+        load_scales(t, a, s, first, rows->from, rows->to);
         return;
     }
 #endif

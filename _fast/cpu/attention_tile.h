@@ -1,40 +1,6 @@
 /* The arithmetic of attention: tiles of lines over tiles of keys (see impl_attention.h). */
 #pragma once
-#include "attention_keys.h"
-
-/* With LINES lines these are the accumulators of a register block. */
-#if defined(AE_LEVEL_AVX512) || defined(AE_LEVEL_NEON)
-#define VECTORS 4
-#else
-#define VECTORS 2
-#endif
-#define LINES 6
-#define BATCH 48 /* lines whose scores are at hand at once */
-
-/* Lines of one plan row that share a KV head, and the span of what they see, or of one split of that. */
-typedef struct line_tile {
-    span keys;
-    int64_t row, first_line, lines;
-    float *partials; /* of the row (see `work`), at the split that this is; NULL: all splits */
-    const float *query[TILE_LINES];
-    int32_t first[TILE_LINES], last[TILE_LINES]; /* line i sees positions [first, last) */
-} line_tile;
-
-/* A thread's scratch. */
-typedef struct attention_scratch {
-    tile_data data;
-    float sums[2][TILE_LINES * MAX_DIM / 2], *acc; /* rows of `padded`; `acc`: those of a split, one of both */
-    float scores[BATCH * TILE_KEYS]; /* of line i at row i % BATCH */
-    uint16_t queries[TILE_LINES * MAX_DIM / 2]; /* pairs: rows of `padded` */
-    float l[TILE_LINES * W], m[TILE_LINES]; /* a line's weights summed lane by lane, and its maximum */
-    float drop[TILE_LINES], factor[TILE_LINES], merged_m[TILE_LINES], merged_l[TILE_LINES];
-    int32_t from[TILE_LINES], to[TILE_LINES]; /* what line i sees of this tile of keys; from >= to: nothing */
-    tile_rows rows;
-    row_queue ahead;
-    line_tile tiles[2];
-} attention_scratch;
-
-_Static_assert(sizeof(attention_scratch) <= AE_SCRATCH, "the scratch of attention");
+#include "attention_codes.h"
 
 #if defined(BF16_DOT)
 /* score_at() of pairs. */
@@ -42,12 +8,14 @@ AE_INLINE void score_pairs_at(int lines, int vectors, attention_scratch *s, cons
                               int64_t i) {
     vf sum[LINES][VECTORS];
     const float *key = s->data.keys + i;
-    const int32_t *query = (const int32_t *)s->queries + line * a->padded / 2;
+    const int32_t *query = (const int32_t *)s->queries.pairs + line * a->padded / 2;
     EACH(r, lines) EACH(k, vectors) sum[r][k] = vf_zero();
+    const int64_t period = a->dim / 2 / FETCHES - 1;
+    int64_t due = 0;
     for (int64_t words = (a->dim + 1) / 2; words > 0; words--, query++, key += TILE_KEYS) {
         vi column[VECTORS];
         EACH(k, vectors) column[k] = vi_load(key + k * W);
-        fetch(&s->ahead, 1);
+        if (--due < 0) due = period, fetch(&s->ahead);
         EACH(r, lines) {
             const bf16_pair q = bf16_pair_of(query[r * a->padded / 2]);
             EACH(k, vectors) sum[r][k] = bf16_dot(sum[r][k], q, column[k]);
@@ -69,6 +37,13 @@ AE_INLINE void score_at(int lines, int vectors, int type, attention_scratch *s, 
         return;
     }
 #endif
+#if defined(INT_DOT)
+    if (INTEGERS(type)) {
+        score_codes_at(lines < CODE_LINES ? lines : CODE_LINES, vectors, s, a, line, i);
+        if (lines > CODE_LINES) score_codes_at(lines - CODE_LINES, vectors, s, a, line + CODE_LINES, i);
+        return;
+    }
+#endif
     const int64_t dim = a->dim;
     const int parts = 4 / (int)ae_type_size(type);
     vf sum[LINES][VECTORS];
@@ -87,10 +62,11 @@ AE_INLINE void score_at(int lines, int vectors, int type, attention_scratch *s, 
         }                                                                                      \
     } while (0)
     vf word[VECTORS];
-    int64_t d = 0;
+    const int64_t period = dim / parts / FETCHES - 1;
+    int64_t d = 0, due = 0;
     for (; d + parts <= dim; d += parts, key += TILE_KEYS) {
         for (int k = 0; k < vectors; k++) word[k] = vf_load(key + k * W);
-        fetch(&s->ahead, (parts + 1) / 2);
+        if (--due < 0) due = period, fetch(&s->ahead);
 #pragma GCC unroll 4
         for (int part = 0; part < parts; part++) SCORE_PART(part);
     }
@@ -127,9 +103,14 @@ AE_INLINE void score(int lines, int type, attention_scratch *s, const attention 
 AE_INLINE void weights_as(int type, attention_scratch *s, int64_t lo, int64_t hi) {
     for (int64_t line = lo; line < hi; line++) {
         const int64_t from = s->from[line], to = s->to[line];
-        s->drop[line] = 0.0f;
-        if (from >= to) continue;
         float *p = s->scores + line % BATCH * TILE_KEYS;
+        s->drop[line] = 0.0f;
+        if (from >= to) {
+#if defined(INT_DOT)
+            if (INTEGERS(type)) weights_of(s, line)->scale = 0.0f; /* the rest does not matter then */
+#endif
+            continue;
+        }
         for (int64_t i = 0; i < from; i++) p[i] = -INFINITY;
         for (int64_t i = to; i < TILE_KEYS; i++) p[i] = -INFINITY;
         const float old = s->m[line];
@@ -157,11 +138,18 @@ AE_INLINE void weights_as(int type, attention_scratch *s, int64_t lo, int64_t hi
             vf_store(p + i * W, type == AE_I8 ? vf_mul(x, vf_load(s->data.value_scale + i * W)) : x);
         }
         vf_store(total, sum);
+#if defined(INT_DOT)
+        if (INTEGERS(type)) {
+            for (int64_t i = 0; i < s->from[line]; i++) p[i] = 0.0f; /* scales of what is not seen may be NaN */
+            for (int64_t i = s->to[line]; i < TILE_KEYS; i++) p[i] = 0.0f;
+            quantize_weights(weights_of(s, line), p);
+        }
+#endif
     }
 }
 
 /* Not inlined, so that there is one compilation of its arithmetic. Those of pairs are bf16, from the row's
- * beginning on; those of int8 are multiplied by the scales of values. */
+ * beginning on; those of int8 are multiplied by the scales of values, and then, where these are, codes. */
 static __attribute__((noinline)) void weights(attention_scratch *s, const attention *a, int64_t lo,
                                               int64_t hi) {
     if (a->type == AE_I8) weights_as(AE_I8, s, lo, hi);
@@ -179,7 +167,7 @@ AE_INLINE void add_pairs(int lines, int vectors, vf sum[LINES][VECTORS], attenti
 #define ADD_PAIR(pair, seen)                                                        \
     do {                                                                            \
         vi v[VECTORS];                                                              \
-        if (d == 0) fetch(&s->ahead, 1);                                            \
+        if (d == 0) fetch_at(&s->ahead, pair, TILE_KEYS / 2);                       \
         EACH(k, vectors) v[k] = vi_load(value + (pair) * padded + k * W) seen;      \
         EACH(r, lines) {                                                            \
             const bf16_pair w = bf16_pair_of(weight[r * TILE_KEYS + (pair)]);       \
@@ -215,7 +203,7 @@ AE_INLINE void accumulate_at(int lines, int vectors, int type, attention_scratch
 #endif
     for (int64_t i = from; i < to; i++) {
         const char *value = s->data.value[i] + d * (int64_t)ae_type_size(type);
-        if (d == 0) fetch(&s->ahead, 1);
+        if (d == 0) fetch_at(&s->ahead, i, TILE_KEYS);
         vf v[VECTORS];
         for (int k = 0; k < vectors; k++) v[k] = load_as(type, value, k * W, n);
         for (int r = 0; r < lines; r++) {
@@ -243,6 +231,13 @@ AE_INLINE void accumulate(int lines, int type, attention_scratch *s, const atten
 AE_INLINE void accumulate_block(int lines, int type, attention_scratch *s, const attention *a, int64_t line,
                                 void (*one)(attention_scratch *, const attention *, int64_t, int64_t,
                                             int64_t)) {
+#if defined(INT_DOT)
+    if (INTEGERS(type)) {
+        accumulate_codes(lines < CODE_LINES ? lines : CODE_LINES, s, a, line);
+        if (lines > CODE_LINES) accumulate_codes(lines - CODE_LINES, s, a, line + CODE_LINES);
+        return;
+    }
+#endif
     int64_t from = 0, to = TILE_KEYS;
     int alike = 1;
     for (int r = 0; r < lines; r++) {
@@ -316,7 +311,7 @@ NOINLINE attend_split(attention_scratch *s, const attention *a, const line_tile 
                       int64_t end, const line_tile *next) {
     const span part = {t->keys.table, t->keys.head, begin, end};
     /* Expanding a tile to floats pays where several blocks of lines read it. */
-    const int expanded = !PAIRS(a->type) && (t->lines > LINES || a->type == AE_F32);
+    const int expanded = !PAIRS(a->type) && !INTEGERS(a->type) && (t->lines > LINES || a->type == AE_F32);
     const block_kernel *blocks = expanded             ? blocks_f32
                                  : a->type == AE_BF16 ? blocks_bf16
                                  : a->type == AE_F16  ? blocks_f16
@@ -327,11 +322,14 @@ NOINLINE attend_split(attention_scratch *s, const attention *a, const line_tile 
 #if defined(BF16_DOT)
     for (int64_t i = 0; i < t->lines && PAIRS(a->type); i++)
         for (int64_t d = 0; d < a->padded; d += W)
-            bf16_put(s->queries + i * a->padded + d, load_as(AE_F32, t->query[i], d, a->dim - d));
+            bf16_put(s->queries.pairs + i * a->padded + d, load_as(AE_F32, t->query[i], d, a->dim - d));
+#endif
+#if defined(INT_DOT)
+    if (INTEGERS(a->type)) quantize_queries(s, a, t);
 #endif
     for (int64_t j = begin / TILE_KEYS * TILE_KEYS; j < end; j += TILE_KEYS) {
         locate(&s->rows, a, &part, j);
-        s->ahead.at = s->ahead.end = NULL;
+        s->ahead.bytes = 0;
         if (t->lines > LINES) { /* long at work on each tile: memory keeps up by itself */
         } else if (j + TILE_KEYS < t->keys.end) queue_tile(&s->ahead, a, &t->keys, j + TILE_KEYS);
         else if (next) queue_tile(&s->ahead, a, &next->keys, next->keys.begin);
@@ -383,3 +381,5 @@ static void finish(const attention *a, int64_t token, int64_t h, float *merged, 
 #undef BLOCK
 #undef BLOCKS
 #undef BATCH
+#undef CODE_LINES
+#undef FETCHES

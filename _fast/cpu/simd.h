@@ -361,8 +361,12 @@ AE_INLINE bf16_pair bf16_pair_of(int32_t bits) { return (__m512bh)_mm512_set1_ep
 AE_INLINE vf bf16_dot(vf sum, bf16_pair a, vi b) { return _mm512_dpbf16_ps(sum, a, (__m512bh)b); }
 /* W numbers rounded to bf16 for it; subnormal ones, which it takes for zeros, may become zeros. */
 AE_INLINE void bf16_put(uint16_t *p, vf x) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(x)); }
-/* Words of two bf16, both given as the floats that they are. */
-AE_INLINE vi bf16_words(vf low, vf high) { return _mm512_srli_epi32(vf_bits(low), 16) | vf_bits(high); }
+/* Words of a bf16 of `low` and one of `high`. */
+AE_INLINE vi vi_pairs(const char *low, const char *high) {
+    const vi a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)low));
+    const vi b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)high));
+    return a | _mm512_slli_epi32(b, 16);
+}
 #endif
 
 #if !defined(AE_LEVEL_NEON)

@@ -9,11 +9,21 @@
  * 4-bit codes of whole rows stand for bytes, least + step * code (quantized.h). `steps` holds both for W
  * outputs, the step in either half of a lane: so it multiplies two codes at once, for no result passes a byte.
  *
+ * dot_signed() has it the other way round: signed bytes in x, and four unsigned ones for all lanes.
+ *
+ * vi_quads() puts the bytes of four rows that stand below each other into a lane; vi_store_bytes() stores the two
+ * bytes of lanes of 16 bits apart.
+ *
  * dot() is exact at every level. Without VNNI the bytes are widened to 16 bits, even and odd ones apart: the
  * instruction that multiplies bytes directly would saturate.
  */
 #pragma once
 #include "simd.h"
+
+/* Levels of which the processor has the dot product of unsigned and signed bytes. */
+#if defined(AE_LEVEL_AVX512VNNI) || defined(AE_LEVEL_AVXVNNI) || defined(AE_LEVEL_NEONBF16)
+#define INT_DOT
+#endif
 
 #if defined(AE_LEVEL_AVX512) || defined(AE_LEVEL_AVX2)
 typedef struct steps { vi step, step_high, least; } steps;
@@ -28,6 +38,20 @@ AE_INLINE void vi_store(void *p, vi a) { _mm512_storeu_si512(p, a); }
 AE_INLINE vf vi_biased(vi a) { return _mm512_castsi512_ps(a); }
 AE_INLINE vf vi_to_vf(vi a) { return _mm512_cvtepi32_ps(a); }
 AE_INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+AE_INLINE vi vi_quads(const char *const row[4]) {
+    /* The rows side by side; then their words, four by four; then, in these, the bytes. */
+    vi v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)row[0]));
+    v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)row[1]), 1);
+    v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)row[2]), 2);
+    v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)row[3]), 3);
+    const vi words = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const vi bytes = _mm512_set4_epi32(0x0F0B0703, 0x0E0A0602, 0x0D090501, 0x0C080400);
+    return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(words, v), bytes);
+}
+AE_INLINE void vi_store_bytes(uint8_t *high, uint8_t *low, vi a) {
+    _mm_storeu_si128((__m128i *)high, _mm512_cvtepi32_epi8(_mm512_srli_epi32(a, 8)));
+    _mm_storeu_si128((__m128i *)low, _mm512_cvtepi32_epi8(a));
+}
 AE_INLINE vi vi_low_nibbles(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 AE_INLINE vi vi_high_nibbles(vi a) { return vi_low_nibbles(_mm512_srli_epi16(a, 4)); }
 AE_INLINE steps steps_of(const uint8_t *p) {
@@ -66,6 +90,7 @@ AE_INLINE vi dot(vi sum, codes w, signed4 x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
     return sum;
 }
+AE_INLINE vi dot_signed(vi sum, vi x, signed4 w) { return dot(sum, w, x); }
 AE_INLINE vf add_scaled(vf total, vi sum, vf d, vf biased, const float *scale) {
     vf y = vi_biased(sum);
     __asm__("vfmadd132ps %1, %2, %0" : "+v"(y) : "v"(d), "v"(biased));
@@ -96,6 +121,19 @@ AE_INLINE vi vi_set(int32_t x) { return _mm256_set1_epi32(x); }
 AE_INLINE void vi_store(void *p, vi a) { _mm256_storeu_si256((__m256i *)p, a); }
 AE_INLINE vf vi_biased(vi a) { return _mm256_castsi256_ps(a); }
 AE_INLINE vf vi_to_vf(vi a) { return _mm256_cvtepi32_ps(a); }
+AE_INLINE vi vi_quads(const char *const row[4]) {
+    const vi a = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)row[0]));
+    const vi b = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)row[1]));
+    const vi c = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)row[2]));
+    const vi d = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)row[3]));
+    return (a | _mm256_slli_epi32(b, 8)) | (_mm256_slli_epi32(c, 16) | _mm256_slli_epi32(d, 24));
+}
+AE_INLINE void vi_store_bytes(uint8_t *high, uint8_t *low, vi a) {
+    const __m128i h = _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    const __m128i bytes = _mm_packus_epi16(_mm_srli_epi16(h, 8), _mm_and_si128(h, _mm_set1_epi16(255)));
+    _mm_storel_epi64((__m128i *)high, bytes);
+    _mm_storel_epi64((__m128i *)low, _mm_unpackhi_epi64(bytes, bytes));
+}
 AE_INLINE vi vi_low_nibbles(vi a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
 AE_INLINE vi vi_high_nibbles(vi a) { return vi_low_nibbles(_mm256_srli_epi16(a, 4)); }
 AE_INLINE steps steps_of(const uint8_t *p) {
@@ -118,6 +156,7 @@ typedef vi signed4;
 AE_INLINE codes codes_of(vi bytes) { return bytes; }
 AE_INLINE signed4 signed4_set(int32_t bytes) { return vi_set(bytes); }
 AE_INLINE vi dot(vi sum, codes w, signed4 x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
+AE_INLINE vi dot_signed(vi sum, vi x, signed4 w) { return dot(sum, w, x); }
 #else
 typedef struct codes { vi even, odd; } codes;
 typedef struct signed4 { vi even, odd; } signed4;
@@ -143,6 +182,18 @@ typedef struct steps { vi step, least; } steps;
 AE_INLINE vi vi_set(int32_t x) { return (vi){x, x, x, x}; }
 AE_INLINE void vi_store(void *p, vi a) { memcpy(p, &a, sizeof a); }
 AE_INLINE vf vi_to_vf(vi a) { return __builtin_convertvector(a, vf); }
+AE_INLINE vi vi_quads(const char *const row[4]) {
+    vbytes rows;
+    EACH(r, 4) memcpy((char *)&rows + 4 * r, row[r], 4);
+#if defined(__clang__)
+    return (vi)__builtin_shufflevector(rows, rows, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+#else
+    return (vi)__builtin_shuffle(rows, (vbytes){0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15});
+#endif
+}
+AE_INLINE void vi_store_bytes(uint8_t *high, uint8_t *low, vi a) {
+    EACH(i, W) high[i] = (uint8_t)(a[i] >> 8), low[i] = (uint8_t)a[i];
+}
 AE_INLINE vi vi_low_nibbles(vi a) { return (vi)((vbytes)a & 15); }
 AE_INLINE vi vi_high_nibbles(vi a) { return (vi)((vbytes)a >> 4); }
 AE_INLINE steps steps_of(const uint8_t *p) {
@@ -185,6 +236,12 @@ AE_INLINE vi dot(vi sum, codes w, signed4 x) {
 #endif
     return sum;
 }
+#if defined(AE_LEVEL_NEONBF16)
+AE_INLINE vi dot_signed(vi sum, vi x, signed4 w) {
+    __asm__("sudot %0.4s, %1.16b, %2.4b[0]" : "+w"(sum) : "w"(x), "w"(w));
+    return sum;
+}
+#endif
 #else
 typedef int8x16_t signed4;
 AE_INLINE signed4 signed4_set(int32_t bytes) { return (int8x16_t)vi_set(bytes); }

@@ -43,5 +43,11 @@ AE_INLINE void bf16_put(uint16_t *p, vf x) {
     __asm__("bfcvtn %0.4h, %1.4s" : "=w"(rounded) : "w"(x));
     memcpy(p, &rounded, sizeof rounded);
 }
-AE_INLINE vi bf16_words(vf low, vf high) { return (vi)((vu)low >> 16 | (vu)high); }
+AE_INLINE vi vi_pairs(const char *low, const char *high) {
+    uint16x4_t a, b;
+    memcpy(&a, low, sizeof a);
+    memcpy(&b, high, sizeof b);
+    const uint16x4x2_t words = vzip_u16(a, b);
+    return (vi)vcombine_u16(words.val[0], words.val[1]);
+}
 #endif

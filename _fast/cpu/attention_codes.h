@@ -1,0 +1,120 @@
+/* Attention on an int8 cache in integers, where the processor has their dot product: keys and values are taken
+ * as they are, queries and weights rounded to 16 bits. Queries are quantized rows (quantized.h). The weights of a
+ * line for a tile of keys, times the scales of the values, are multiples of 1/65535 of the largest; high bytes
+ * and low ones are multiplied apart. Sums are exact until a tile ends, and what a line's weights are rounded to
+ * depends on nothing but what the line sees.
+ */
+#pragma once
+#include "attention_scratch.h"
+#include "impl_quantize.h"
+
+#if defined(INT_DOT)
+/* Lines of a register block: each has sums of high and of low parts. */
+#define CODE_LINES (LINES / 2)
+
+AE_INLINE signed4 four_codes(const void *codes) {
+    int32_t word;
+    memcpy(&word, codes, sizeof word);
+    return signed4_set(word);
+}
+
+static void quantize_queries(attention_scratch *s, const attention *a, const line_tile *t) {
+    const int64_t bytes = ae_row8_bytes(a->dim, AE_WHOLE16);
+    for (int64_t i = 0; i < t->lines; i++) quantize_pairs(s->queries.codes + i * bytes, t->query[i], a->dim);
+}
+
+/* As score_at(). */
+AE_INLINE void score_codes_at(int lines, int vectors, attention_scratch *s, const attention *a, int64_t line,
+                              int64_t i) {
+    const int64_t dim = a->dim, width = ae_group_width(dim, AE_WHOLE16), bytes = ae_row8_bytes(dim, AE_WHOLE16);
+    const int8_t *rows = s->queries.codes + line * bytes, *query = rows;
+    const float *key = s->data.keys + i;
+    vi sum[CODE_LINES][2][VECTORS];
+    /* Keys are 128 more than they should be. */
+    EACH(r, lines) EACH(part, 2) EACH(k, vectors)
+        sum[r][part][k] = vi_set(-128 * ae_row8_sums(rows + r * bytes, dim, AE_WHOLE16)[part]);
+    const int64_t period = dim / 4 / FETCHES - 1;
+    int64_t due = 0;
+    for (int64_t words = (dim + 3) / 4; words > 0; words--, query += 4, key += TILE_KEYS) {
+        codes column[VECTORS];
+        EACH(k, vectors) column[k] = codes_of(vi_load(key + k * W));
+        if (--due < 0) due = period, fetch(&s->ahead);
+        EACH(r, lines) EACH(part, 2) {
+            const signed4 q = four_codes(query + r * bytes + part * width);
+            EACH(k, vectors) sum[r][part][k] = dot(sum[r][part][k], column[k], q);
+        }
+    }
+    EACH(r, lines) EACH(k, vectors) {
+        const vf scale = vf_set(*ae_row8_scales(rows + r * bytes, dim, AE_WHOLE16));
+        const vf y = vf_fma(vi_to_vf(sum[r][0][k]), vf_set(AE_HIGH), vi_to_vf(sum[r][1][k]));
+        vf_store(s->scores + (line % BATCH + r) * TILE_KEYS + i + k * W,
+                 vf_mul(y, vf_mul(vf_load(s->data.key_scale + i + k * W), scale)));
+    }
+}
+
+/* A line's weights for a tile of keys, in the place of its scores. */
+typedef struct code_weights {
+    uint8_t high[TILE_KEYS], low[TILE_KEYS];
+    float scale;
+} code_weights;
+
+AE_INLINE code_weights *weights_of(attention_scratch *s, int64_t line) {
+    return (code_weights *)(s->scores + line % BATCH * TILE_KEYS);
+}
+
+/* From weights times scales, `p` in the place of `out`. */
+AE_INLINE void quantize_weights(code_weights *out, const float *p) {
+    vf weight[TILE_KEYS / W];
+    vi peaks = peak_zero();
+    EACH(i, TILE_KEYS / W) {
+        weight[i] = vf_load(p + i * W);
+        peaks = peak_max(peaks, weight[i]);
+    }
+    const float peak = ae_bits_f32((uint32_t)peak_of(peaks));
+    out->scale = peak < 0x1p-100f ? 0.0f : peak / 65535; /* a NaN stays one */
+    const vf inverse = vf_set(peak < 0x1p-100f ? 0.0f : 65535 / peak);
+    EACH(i, TILE_KEYS / W) vi_store_bytes(out->high + i * W, out->low + i * W, to_codes(vf_mul(weight[i], inverse)));
+}
+
+/* acc[d .. d + vectors * W) = factor * acc + sum over the quads [from, to) of weight * value. */
+AE_INLINE void accumulate_codes_at(int lines, int vectors, attention_scratch *s, int64_t padded, int64_t line,
+                                   int64_t d, int64_t from, int64_t to) {
+    const code_weights *weights[CODE_LINES];
+    const float *value = s->data.values + from * padded + d;
+    vi sum[CODE_LINES][2][VECTORS];
+    EACH(r, lines) weights[r] = weights_of(s, line + r);
+    EACH(r, lines) EACH(part, 2) EACH(k, vectors) sum[r][part][k] = vi_set(0);
+    for (int64_t quad = from; quad < to; quad++, value += padded) {
+        vi v[VECTORS];
+        if (d == 0) fetch_at(&s->ahead, quad, TILE_KEYS / 4);
+        EACH(k, vectors) v[k] = vi_load(value + k * W);
+        EACH(r, lines) EACH(part, 2) {
+            const signed4 w = four_codes((part ? weights[r]->low : weights[r]->high) + 4 * quad);
+            EACH(k, vectors) sum[r][part][k] = dot_signed(sum[r][part][k], v[k], w);
+        }
+    }
+    EACH(r, lines) {
+        float *acc = s->acc + (line + r) * padded + d;
+        const vf factor = vf_set(s->factor[line + r]), scale = vf_set(weights[r]->scale);
+        EACH(k, vectors) {
+            const vf y = vf_fma(vi_to_vf(sum[r][0][k]), vf_set(256), vi_to_vf(sum[r][1][k]));
+            vf_store(acc + k * W, vf_fma(y, scale, vf_mul(vf_load(acc + k * W), factor)));
+        }
+    }
+}
+
+/* Weights of what a line does not see are zeros: one range does for all lines. */
+AE_INLINE void accumulate_codes(int lines, attention_scratch *s, const attention *a, int64_t line) {
+    int64_t from = TILE_KEYS, to = 0, d = 0;
+    EACH(r, lines) {
+        if (s->from[line + r] >= s->to[line + r]) continue;
+        from = s->from[line + r] < from ? s->from[line + r] : from;
+        to = s->to[line + r] > to ? s->to[line + r] : to;
+    }
+    from = from / 4;
+    to = (to + 3) / 4;
+    for (; d + VECTORS * W <= a->padded; d += VECTORS * W)
+        accumulate_codes_at(lines, VECTORS, s, a->padded, line, d, from, to);
+    for (; d < a->padded; d += W) accumulate_codes_at(lines, 1, s, a->padded, line, d, from, to);
+}
+#endif
