@@ -1,8 +1,7 @@
 /* Attention on an int8 cache in integers, where the processor has their dot product: keys and values are taken
- * as they are, queries and weights rounded to 16 bits. Queries are quantized rows (quantized.h). The weights of a
- * line for a tile of keys, times the scales of the values, are multiples of 1/65535 of the largest; high bytes
- * and low ones are multiplied apart. Sums are exact until a tile ends, and what a line's weights are rounded to
- * depends on nothing but what the line sees.
+ * as they are, queries and weights rounded to 16 bits, whose high and low bytes are multiplied apart. Queries are
+ * quantized rows (quantized.h). A weight, at most 1, times the scale of its value is a multiple of 1/65535 of the
+ * largest scale that the line sees in the tile, whatever else is there. Sums are exact until a tile ends.
  */
 #pragma once
 #include "attention_scratch.h"
@@ -62,18 +61,19 @@ AE_INLINE code_weights *weights_of(attention_scratch *s, int64_t line) {
     return (code_weights *)(s->scores + line % BATCH * TILE_KEYS);
 }
 
-/* From weights times scales, `p` in the place of `out`. */
-AE_INLINE void quantize_weights(code_weights *out, const float *p) {
-    vf weight[TILE_KEYS / W];
+/* Has `units` tell how many there are in a weight of 1 for every position in [from, to) of the tile. */
+static __attribute__((noinline)) void find_units(weight_units *u, const float *scales, int32_t from, int32_t to) {
     vi peaks = peak_zero();
-    EACH(i, TILE_KEYS / W) {
-        weight[i] = vf_load(p + i * W);
-        peaks = peak_max(peaks, weight[i]);
-    }
+    memset(u->of, 0, sizeof u->of); /* of what is not seen */
+    memcpy(u->of + from, scales + from, (size_t)(to - from) * sizeof(float));
+    EACH(i, TILE_KEYS / W) peaks = peak_max(peaks, vf_load(u->of + i * W));
     const float peak = ae_bits_f32((uint32_t)peak_of(peaks));
-    out->scale = peak < 0x1p-100f ? 0.0f : peak / 65535; /* a NaN stays one */
-    const vf inverse = vf_set(peak < 0x1p-100f ? 0.0f : 65535 / peak);
-    EACH(i, TILE_KEYS / W) vi_store_bytes(out->high + i * W, out->low + i * W, to_codes(vf_mul(weight[i], inverse)));
+    const int none = peak < 0x1p-100f; /* a NaN is something */
+    const vf inverse = vf_set(none ? 0.0f : 65535 / peak);
+    EACH(i, TILE_KEYS / W) vf_store(u->of + i * W, vf_mul(vf_load(u->of + i * W), inverse));
+    u->unit = none ? 0.0f : peak / 65535;
+    u->from = from;
+    u->to = to;
 }
 
 /* acc[d .. d + vectors * W) = factor * acc + sum over the quads [from, to) of weight * value. */

@@ -4,35 +4,66 @@
 #include "simd_int.h"
 #include "typed.h"
 
-#if W == 16
-#define ZIP_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define ZIP_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#elif W == 8
-#define ZIP_LOW 0, 8, 1, 9, 2, 10, 3, 11
-#define ZIP_HIGH 4, 12, 5, 13, 6, 14, 7, 15
-#else
-#define ZIP_LOW 0, 4, 1, 5
-#define ZIP_HIGH 2, 6, 3, 7
-#endif
-
 #if defined(__clang__)
-#define ZIP(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else /* gcc has that one since version 12 only */
 typedef int32_t lane_numbers __attribute__((vector_size(4 * W)));
-#define ZIP(a, b, ...) __builtin_shuffle(a, b, (lane_numbers){__VA_ARGS__})
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (lane_numbers){__VA_ARGS__})
 #endif
 
-/* Transposes W vectors: interleaving the two halves log2(W) times. */
+/* Of every four words of a and of b: the first two, or last two, word by word in turn, or both at once; and of all
+ * fours of a, then of b, every second one. */
+#if W == 16
+#define LOW_WORDS(a, b) SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
+#define HIGH_WORDS(a, b) SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+#define LOW_PAIRS(a, b) SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+#define HIGH_PAIRS(a, b) SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+#define EVEN_FOURS(a, b) SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
+#define ODD_FOURS(a, b) SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
+#elif W == 8
+#define LOW_WORDS(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
+#define HIGH_WORDS(a, b) SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
+#define LOW_PAIRS(a, b) SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
+#define HIGH_PAIRS(a, b) SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
+#define EVEN_FOURS(a, b) SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
+#define ODD_FOURS(a, b) SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
+#else
+#define LOW_WORDS(a, b) SHUFFLE(a, b, 0, 4, 1, 5)
+#define HIGH_WORDS(a, b) SHUFFLE(a, b, 2, 6, 3, 7)
+#define LOW_PAIRS(a, b) SHUFFLE(a, b, 0, 1, 4, 5)
+#define HIGH_PAIRS(a, b) SHUFFLE(a, b, 2, 3, 6, 7)
+#endif
+
+/* Transposes W vectors: the words of every four by four, which stay where they are; then these fours. */
 AE_INLINE void transpose(vf *a) {
     vf b[W];
-#pragma GCC unroll 4
-    for (int stage = 1; stage < W; stage *= 2) {
-        EACH(i, W / 2) {
-            b[2 * i] = ZIP(a[i], a[i + W / 2], ZIP_LOW);
-            b[2 * i + 1] = ZIP(a[i], a[i + W / 2], ZIP_HIGH);
-        }
-        EACH(i, W) a[i] = b[i];
+    EACH(i, W / 2) {
+        b[2 * i] = LOW_WORDS(a[2 * i], a[2 * i + 1]);
+        b[2 * i + 1] = HIGH_WORDS(a[2 * i], a[2 * i + 1]);
     }
+    EACH(i, W / 4) {
+        a[4 * i] = LOW_PAIRS(b[4 * i], b[4 * i + 2]);
+        a[4 * i + 1] = HIGH_PAIRS(b[4 * i], b[4 * i + 2]);
+        a[4 * i + 2] = LOW_PAIRS(b[4 * i + 1], b[4 * i + 3]);
+        a[4 * i + 3] = HIGH_PAIRS(b[4 * i + 1], b[4 * i + 3]);
+    }
+#if W > 4
+    EACH(j, 4) {
+        EACH(i, W / 8) {
+            b[4 * i + j] = EVEN_FOURS(a[8 * i + j], a[8 * i + 4 + j]);
+            b[W / 2 + 4 * i + j] = ODD_FOURS(a[8 * i + j], a[8 * i + 4 + j]);
+        }
+#if W == 8
+        a[j] = b[j];
+        a[4 + j] = b[4 + j];
+#else
+        a[j] = EVEN_FOURS(b[j], b[4 + j]);
+        a[8 + j] = ODD_FOURS(b[j], b[4 + j]);
+        a[4 + j] = EVEN_FOURS(b[8 + j], b[12 + j]);
+        a[12 + j] = ODD_FOURS(b[8 + j], b[12 + j]);
+#endif
+    }
+#endif
 }
 
 /* Whether numbers of the cache are multiplied as pairs of bf16: keys by two of their dimensions, with queries
@@ -283,6 +314,10 @@ static __attribute__((noinline)) void load_tile(tile_data *t, const attention *a
     if (a->type == AE_I8) load_scales(t, a, s, first, rows->from, rows->to);
 }
 
-#undef ZIP
-#undef ZIP_LOW
-#undef ZIP_HIGH
+#undef SHUFFLE
+#undef LOW_WORDS
+#undef HIGH_WORDS
+#undef LOW_PAIRS
+#undef HIGH_PAIRS
+#undef EVEN_FOURS
+#undef ODD_FOURS

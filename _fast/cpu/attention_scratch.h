@@ -20,6 +20,12 @@ typedef struct line_tile {
     int32_t first[TILE_LINES], last[TILE_LINES]; /* line i sees positions [first, last) */
 } line_tile;
 
+/* What the weights of lines that see [from, to) of a tile of keys are counted in (attention_codes.h). */
+typedef struct weight_units {
+    float of[TILE_KEYS], unit;
+    int32_t from, to;
+} weight_units;
+
 /* A thread's scratch. */
 typedef struct attention_scratch {
     tile_data data;
@@ -32,6 +38,7 @@ typedef struct attention_scratch {
     float l[TILE_LINES * W], m[TILE_LINES]; /* a line's weights summed lane by lane, and its maximum */
     float drop[TILE_LINES], factor[TILE_LINES], merged_m[TILE_LINES], merged_l[TILE_LINES];
     int32_t from[TILE_LINES], to[TILE_LINES]; /* what line i sees of this tile of keys; from >= to: nothing */
+    weight_units units;
     tile_rows rows;
     run_queue ahead;
     line_tile tiles[2];

@@ -125,31 +125,35 @@ AE_INLINE void weights_as(int type, attention_scratch *s, int64_t lo, int64_t hi
         if (s->from[line] >= s->to[line]) continue;
         float *p = s->scores + line % BATCH * TILE_KEYS, *total = s->l + line * W;
         const vf m = vf_set(s->m[line]);
-        vf sum = vf_mul(vf_load(total), vf_set(s->factor[line]));
-        EACH(i, TILE_KEYS / W) {
-            vf x = vf_exp2(vf_sub(vf_load(p + i * W), m));
-            sum = vf_add(sum, x);
-#if defined(BF16_DOT)
-            if (PAIRS(type)) {
-                bf16_put((uint16_t *)p + i * W, x);
-                continue;
-            }
-#endif
-            vf_store(p + i * W, type == AE_I8 ? vf_mul(x, vf_load(s->data.value_scale + i * W)) : x);
-        }
+        vf sum = vf_mul(vf_load(total), vf_set(s->factor[line])), x[TILE_KEYS / W];
+        EACH(i, TILE_KEYS / W) x[i] = vf_exp2(vf_sub(vf_load(p + i * W), m));
+        EACH(i, TILE_KEYS / W) sum = vf_add(sum, x[i]);
         vf_store(total, sum);
 #if defined(INT_DOT)
         if (INTEGERS(type)) {
-            for (int64_t i = 0; i < s->from[line]; i++) p[i] = 0.0f; /* scales of what is not seen may be NaN */
-            for (int64_t i = s->to[line]; i < TILE_KEYS; i++) p[i] = 0.0f;
-            quantize_weights(weights_of(s, line), p);
+            weight_units *u = &s->units;
+            code_weights *out = weights_of(s, line);
+            if (u->from != s->from[line] || u->to != s->to[line])
+                find_units(u, s->data.value_scale, s->from[line], s->to[line]);
+            EACH(i, TILE_KEYS / W)
+                vi_store_bytes(out->high + i * W, out->low + i * W, to_codes(vf_mul(x[i], vf_load(u->of + i * W))));
+            out->scale = u->unit;
+            continue;
         }
 #endif
+#if defined(BF16_DOT)
+        if (PAIRS(type)) {
+            EACH(i, TILE_KEYS / W) bf16_put((uint16_t *)p + i * W, x[i]);
+            continue;
+        }
+#endif
+        EACH(i, TILE_KEYS / W)
+            vf_store(p + i * W, type == AE_I8 ? vf_mul(x[i], vf_load(s->data.value_scale + i * W)) : x[i]);
     }
 }
 
 /* Not inlined, so that there is one compilation of its arithmetic. Those of pairs are bf16, from the row's
- * beginning on; those of int8 are multiplied by the scales of values, and then, where these are, codes. */
+ * beginning on; those of int8 are multiplied by the scales of values, or `code_weights`. */
 static __attribute__((noinline)) void weights(attention_scratch *s, const attention *a, int64_t lo,
                                               int64_t hi) {
     if (a->type == AE_I8) weights_as(AE_I8, s, lo, hi);
@@ -333,6 +337,7 @@ NOINLINE attend_split(attention_scratch *s, const attention *a, const line_tile 
         if (t->lines > LINES) { /* long at work on each tile: memory keeps up by itself */
         } else if (j + TILE_KEYS < t->keys.end) queue_tile(&s->ahead, a, &t->keys, j + TILE_KEYS);
         else if (next) queue_tile(&s->ahead, a, &next->keys, next->keys.begin);
+        s->units.to = 0; /* of no line */
         load_tile(&s->data, a, &part, &s->rows, j, expanded, &s->ahead);
         for (int64_t i = 0; i < t->lines; i++) {
             const int32_t from = t->first[i] - (int32_t)j, to = t->last[i] - (int32_t)j;

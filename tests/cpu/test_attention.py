@@ -133,7 +133,7 @@ class Batch:
                 p /= p.sum(axis=1, keepdims=True)
                 step = np.abs(q).max(-1) / (254 * 127 + 126)
                 off = 0.51 * step * lengths[:, low : position + 1].max(1) * self.scale  # of a score
-                weight = 0.51 / 65535 * (p * peaks[:, low : position + 1]).max(1)
+                weight = 0.51 / 65535 * p.max(1) * peaks[:, low : position + 1].max(1)
                 mean = np.einsum("hj,jhd->hd", p, np.abs(v[low : position + 1]))
                 bounds.append(np.expm1(2 * off)[:, None] * mean + (p.shape[1] * weight)[:, None])
         return np.array(bounds)
