@@ -66,9 +66,10 @@ class Variant(NamedTuple):
 
 VARIANTS = (
     Variant(OURS, "bf16", "bfloat16", "", "bf16"),
-    Variant(OURS, "int8", "int8", "", "int8"),
-    Variant(OURS, "int4", "int4", "", "int4"),
-    Variant(OURS, "int4", "GGUF as stored", "", "gguf"),
+    Variant(OURS, "bf16", "bfloat16, KV int8", "", "bf16 kv8"),
+    Variant(OURS, "int8", "int8, KV int8", "", "int8 kv8"),
+    Variant(OURS, "int4", "int4, KV int8", "", "int4 kv8"),
+    Variant(OURS, "int4", "GGUF as stored, KV int8", "", "gguf kv8"),
     Variant("llama.cpp", "bf16", "BF16", "llama.cpp-bf16.gguf", "bf16"),
     Variant("llama.cpp", "int8", "Q8_0", "llama.cpp-int8.gguf", "int8"),
     Variant("llama.cpp", "int4", "Q4_0", "llama.cpp-int4.gguf", "int4"),

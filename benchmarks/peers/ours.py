@@ -1,4 +1,5 @@
-"""asyncengine. Model: a GGUF file. Precision: bf16, int8, int4, or gguf (as stored)."""
+"""asyncengine. Model: a GGUF file. Precision: bf16, int8, int4, or gguf (as stored); followed by " kv8" with an
+int8 KV cache."""
 
 import asyncio
 from typing import Any
@@ -16,6 +17,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 def start(job: dict[str, Any]) -> Engine:
     import asyncengine
 
+    weights, _, cache = job["precision"].partition(" ")
+
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     llm = loop.run_until_complete(
@@ -23,7 +26,8 @@ def start(job: dict[str, Any]) -> Engine:
             job["model"],
             num_threads=job["threads"],
             enable_prefix_caching=False,
-            **ARGUMENTS[job["precision"]],
+            kv_cache_dtype="int8" if cache else "auto",
+            **ARGUMENTS[weights],
         )
     )
 
