@@ -180,7 +180,7 @@ def test_mixed_batches(level: str, dim: int, heads: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", KV_TYPES)
-@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256, 33])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256, 512, 33, 4])
 @pytest.mark.parametrize("heads", [(6, 2), (5, 1)], ids=str)
 def test_cache_types(level: str, dtype: str, dim: int, heads: tuple[int, int]) -> None:
     Batch(MIXED, *heads, dim, dtype=dtype).assert_right(level)
