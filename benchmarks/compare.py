@@ -210,7 +210,7 @@ def measure(args: argparse.Namespace, peers: dict[str, str], folder: Path) -> di
             if ids is not None:
                 result["agreement"] = agreement(reference["ids"], ids)
             answers[variant.name].append({**answer, "idle_before": idle})
-            told = f"round {number + 1}  {case:<8}{variant.name:<28}{answer['seconds'][case]:.2f} s"
+            told = f"round {number + 1}  {case:<8}{variant.name:<38}{answer['seconds'][case]:.2f} s"
             print(f"{told}   (others {answer['others']:.0%})", file=sys.stderr, flush=True)
         for name, parts in answers.items():
             if "error" not in results[name]:

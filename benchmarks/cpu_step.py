@@ -108,8 +108,8 @@ def work(operation: Operation, rows: list[tuple[int, int, int]]) -> tuple[int, s
         q_heads, kv_heads, head_dim, _, block, kv_type, *_ = n
         position = 2 * cpu.kv_block_bytes(TYPES[kv_type], kv_heads, block, head_dim) // block
         seen = sum(count * start + count * (count + 1) // 2 for _, start, count in rows)
-        # Numbers of bf16 can be multiplied as what they are.
-        unit = "bf16" if TYPES[kv_type] == "BF16" else "f32"
+        # Numbers of the cache can be multiplied as what they are.
+        unit = {"BF16": "bf16", "I8": "int8"}.get(TYPES[kv_type], "f32")
         return position * sum(start + count for _, start, count in rows), unit, 4 * seen * q_heads * head_dim
     return 0, "f32", 0
 

@@ -1,5 +1,5 @@
-"""asyncengine. Model: a GGUF file. Precision: bf16, int8, int4, or gguf (as stored), with " kv8" behind it where
-the KV cache is int8."""
+"""asyncengine. Model: a GGUF file. Precision: bf16, int8, int4, or gguf (as stored), with " kv8" behind it
+where the KV cache is int8."""
 
 import asyncio
 from typing import Any
