@@ -2,7 +2,11 @@
 
 #include <unistd.h>
 
-int64_t ae_fetch_window = 65536;
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+int64_t ae_fetch_window = 65536, ae_fetch_rows = 0;
 
 __attribute__((constructor)) static void choose_window(void) {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
@@ -12,3 +16,12 @@ __attribute__((constructor)) static void choose_window(void) {
     while (ae_fetch_window > cache / 8 && ae_fetch_window > 32768) ae_fetch_window /= 2;
 #endif
 }
+
+#if defined(__x86_64__)
+__attribute__((constructor)) static void choose_rows(void) {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx || !__get_cpuid(1, &a, &b, &c, &d)) return;
+    const unsigned family = (a >> 8 & 15) + (a >> 20 & 255); /* the second part counts where the first is 15 */
+    if (family >= 26) ae_fetch_rows = 4; /* Zen 5, and later */
+}
+#endif

@@ -139,7 +139,7 @@ static cut begin_linear(const ae_op *op, linear *l, const ae_step *step, const a
     const cut c = cut_linear(l, unit_of(op), thread);
     if (!is_small(l)) return c;
     const share s = share_of(l, &c, thread->tid, thread);
-    if (s.panel < s.stop) {
+    if (s.panel < s.stop && l->m >= ae_fetch_rows) {
         ae_region next = {0};
         if (thread->upcoming) {
             const linear after = linear_of(thread->upcoming, step);
