@@ -104,26 +104,28 @@ def tiny_plain(tiny):
     return {p["temperature"]: ids(generate(tiny, loops(16), p, None, **TINY)) for p in (GREEDY, SEEDED)}
 
 
-def test_endings_and_logprobs_and_siblings_are_the_same(tiny, tiny_plain, always):
+def test_endings_and_logprobs_and_siblings_are_the_same(demo_gguf, always):
     """Stop tokens inside an accepted run, minimum lengths, logprobs, n > 1, penalties beside drafts."""
-    stops = [{several[0][12], several[0][17]} for several in tiny_plain[0]]
-    params = []
-    for i, prompt_ids in enumerate(loops(16)):
-        fields = [
-            dict(stop_token_ids=tuple(stops[i])),
-            dict(stop_token_ids=tuple(stops[i]), min_tokens=15),
+    engine = dict(dtype="float32", max_model_len=512)
+    ((copied,),) = ids(generate(demo_gguf, [COPY], GREEDY, None, **engine))
+    stops = (copied[12], copied[17])
+    params = [
+        SamplingParams(**(GREEDY | fields))
+        for fields in (
+            dict(stop_token_ids=stops),
+            dict(stop_token_ids=stops, min_tokens=15),
             dict(logprobs=3),
-            dict(n=3, temperature=0.5, seed=i),
+            dict(n=3, temperature=0.5, seed=3),
             dict(repetition_penalty=1.1),
-            dict(max_tokens=1 + len(prompt_ids) % 7),
+            dict(max_tokens=7),
             dict(presence_penalty=0.5, logprobs=0),
-        ][i % 7]
-        params.append(SamplingParams(**(GREEDY | fields)))
+        )
+    ]
 
-    plain = generate(tiny, loops(16), params, None, **TINY)
-    drafted = generate(tiny, loops(16), params, NGRAM, accepted, **TINY)
+    plain = generate(demo_gguf, [COPY] * 7, params, None, **engine)
+    drafted = generate(demo_gguf, [COPY] * 7, params, NGRAM, accepted, **engine)
     assert drafted == plain
-    assert {o.finish_reason for several in plain for o in several} == {"stop", "length"}
+    assert [o.finish_reason for several in plain for o in several] == ["stop"] * 2 + ["length"] * 7
 
 
 def test_stop_strings_end_inside_an_accepted_run(demo_gguf, always):
