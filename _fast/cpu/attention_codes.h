@@ -32,12 +32,11 @@ AE_INLINE void score_codes_at(int lines, int vectors, attention_scratch *s, cons
     /* Keys are 128 more than they should be. */
     EACH(r, lines) EACH(part, 2) EACH(k, vectors)
         sum[r][part][k] = vi_set(-128 * ae_row8_sums(rows + r * bytes, dim, AE_WHOLE16)[part]);
-    const int64_t period = dim / 4 / FETCHES - 1;
-    int64_t due = 0;
+    pace turn = pace_of(dim / 4);
     for (int64_t words = (dim + 3) / 4; words > 0; words--, query += 4, key += TILE_KEYS) {
         codes column[VECTORS];
         EACH(k, vectors) column[k] = codes_of(vi_load(key + k * W));
-        if (--due < 0) due = period, fetch(&s->ahead);
+        fetch_in_turn(&s->ahead, &turn);
         EACH(r, lines) EACH(part, 2) {
             const signed4 q = four_codes(query + r * bytes + part * width);
             EACH(k, vectors) sum[r][part][k] = dot(sum[r][part][k], column[k], q);
@@ -82,11 +81,12 @@ AE_INLINE void accumulate_codes_at(int lines, int vectors, attention_scratch *s,
     const code_weights *weights[CODE_LINES];
     const float *value = s->data.values + from * padded + d;
     vi sum[CODE_LINES][2][VECTORS];
+    pace turn = pace_of(TILE_KEYS / 4);
     EACH(r, lines) weights[r] = weights_of(s, line + r);
     EACH(r, lines) EACH(part, 2) EACH(k, vectors) sum[r][part][k] = vi_set(0);
     for (int64_t quad = from; quad < to; quad++, value += padded) {
         vi v[VECTORS];
-        if (d == 0) fetch_at(&s->ahead, quad, TILE_KEYS / 4);
+        if (d == 0) fetch_in_turn(&s->ahead, &turn);
         EACH(k, vectors) v[k] = vi_load(value + k * W);
         EACH(r, lines) EACH(part, 2) {
             const signed4 w = four_codes((part ? weights[r]->low : weights[r]->high) + 4 * quad);

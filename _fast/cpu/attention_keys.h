@@ -115,12 +115,24 @@ typedef struct run_queue {
 /* Calls of fetch() in each of the four phases of the work on a tile: loading keys, loading values, scores, sums. */
 #define FETCHES 4
 
+/* Which of the steps of a phase call it. */
+typedef struct pace {
+    int64_t period, due;
+} pace;
+
 /* Lines of several pages in turn: see fetch.h. */
 AE_INLINE void fetch(run_queue *q) {
     for (const int64_t end = q->at + q->stride; q->at < end && q->at < q->bytes; q->at += 64) {
         const int64_t count = q->at < q->last ? q->count : q->count - 2;
         for (int64_t i = 0; i < count; i++) __builtin_prefetch(q->runs[i] + q->at);
     }
+}
+
+AE_INLINE pace pace_of(int64_t steps) { return (pace){steps / FETCHES - 1, 0}; }
+
+/* For every step of a phase. */
+AE_INLINE void fetch_in_turn(run_queue *q, pace *p) {
+    if (--p->due < 0) p->due = p->period, fetch(q);
 }
 
 typedef struct tile_data {
@@ -198,11 +210,6 @@ AE_INLINE vf load_words(const char *p, int64_t bytes) {
     return vf_load(words);
 }
 
-/* fetch() where i is one of so many parts of a phase. */
-AE_INLINE void fetch_at(run_queue *q, int64_t i, const int64_t parts) {
-    if (i % (parts / FETCHES) == 0) fetch(q);
-}
-
 /* Columns [i, i + W) of the transposed keys at the dimensions in `bytes` bytes of rows from `byte` on. Words
  * are transposed, and taken apart after that: the fewest shuffles. Codes that stay in words become unsigned. */
 AE_INLINE void load_keys(int type, int expanded, tile_data *t, const char *const *key, int64_t i,
@@ -227,9 +234,10 @@ AE_INLINE void load_keys_as(int type, int expanded, tile_data *t, const attentio
     /* Vectors of keys reach beyond the ends; any key does there, for its score is never used. */
     for (int64_t i = begin; i < from; i++) rows->key[i] = rows->key[from];
     for (int64_t i = to; i < end; i++) rows->key[i] = rows->key[from];
+    pace turn = pace_of(TILE_KEYS / W);
     for (int64_t i = begin; i < end; i += W) {
         int64_t byte = 0;
-        fetch_at(ahead, i, TILE_KEYS);
+        fetch_in_turn(ahead, &turn);
         for (; byte + 4 * W <= size; byte += 4 * W) load_keys(type, expanded, t, rows->key, i, byte, 4 * W);
         if (byte < size) load_keys(type, expanded, t, rows->key, i, byte, size - byte);
     }
@@ -268,17 +276,19 @@ AE_INLINE void load_words_of(int positions, tile_data *t, const attention *a, ti
     const int64_t from = rows->from / positions, to = (rows->to + positions - 1) / positions;
     for (int64_t i = from * positions; i < rows->from; i++) rows->value[i] = beyond;
     for (int64_t i = rows->to; i < to * positions; i++) rows->value[i] = beyond;
+    pace turn = pace_of(TILE_KEYS / positions);
     for (int64_t i = from; i < to; i++) {
         const char *const *row = rows->value + i * positions;
         float *words = t->values + i * a->padded;
-        fetch_at(ahead, i, TILE_KEYS / positions);
+        fetch_in_turn(ahead, &turn);
         for (int64_t d = 0; d < whole; d += W) vi_store(words + d, words_of(positions, row, d, W));
         if (whole < D) vi_store(words + whole, words_of(positions, row, whole, D - whole));
     }
 }
 
 /* Brings a tile into scratch: keys transposed, as floats if `expanded` and else as words of the cache's type;
- * values as rows of floats, or where they lie, or in pairs. Meanwhile what is `ahead` comes nearer. */
+ * values as rows of floats, or where they lie, or as words of 2 or 4 positions. Meanwhile what is `ahead`
+ * comes nearer. */
 static __attribute__((noinline)) void load_tile(tile_data *t, const attention *a, const span *s,
                                                 tile_rows *rows, int64_t first, int expanded,
                                                 run_queue *ahead) {

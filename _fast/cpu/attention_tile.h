@@ -10,12 +10,11 @@ AE_INLINE void score_pairs_at(int lines, int vectors, attention_scratch *s, cons
     const float *key = s->data.keys + i;
     const int32_t *query = (const int32_t *)s->queries.pairs + line * a->padded / 2;
     EACH(r, lines) EACH(k, vectors) sum[r][k] = vf_zero();
-    const int64_t period = a->dim / 2 / FETCHES - 1;
-    int64_t due = 0;
+    pace turn = pace_of(a->dim / 2);
     for (int64_t words = (a->dim + 1) / 2; words > 0; words--, query++, key += TILE_KEYS) {
         vi column[VECTORS];
         EACH(k, vectors) column[k] = vi_load(key + k * W);
-        if (--due < 0) due = period, fetch(&s->ahead);
+        fetch_in_turn(&s->ahead, &turn);
         EACH(r, lines) {
             const bf16_pair q = bf16_pair_of(query[r * a->padded / 2]);
             EACH(k, vectors) sum[r][k] = bf16_dot(sum[r][k], q, column[k]);
@@ -62,11 +61,11 @@ AE_INLINE void score_at(int lines, int vectors, int type, attention_scratch *s, 
         }                                                                                      \
     } while (0)
     vf word[VECTORS];
-    const int64_t period = dim / parts / FETCHES - 1;
-    int64_t d = 0, due = 0;
+    pace turn = pace_of(dim / parts);
+    int64_t d = 0;
     for (; d + parts <= dim; d += parts, key += TILE_KEYS) {
         for (int k = 0; k < vectors; k++) word[k] = vf_load(key + k * W);
-        if (--due < 0) due = period, fetch(&s->ahead);
+        fetch_in_turn(&s->ahead, &turn);
 #pragma GCC unroll 4
         for (int part = 0; part < parts; part++) SCORE_PART(part);
     }
@@ -171,13 +170,14 @@ AE_INLINE void add_pairs(int lines, int vectors, vf sum[LINES][VECTORS], attenti
 #define ADD_PAIR(pair, seen)                                                        \
     do {                                                                            \
         vi v[VECTORS];                                                              \
-        if (d == 0) fetch_at(&s->ahead, pair, TILE_KEYS / 2);                       \
+        if (d == 0) fetch_in_turn(&s->ahead, &turn);                                \
         EACH(k, vectors) v[k] = vi_load(value + (pair) * padded + k * W) seen;      \
         EACH(r, lines) {                                                            \
             const bf16_pair w = bf16_pair_of(weight[r * TILE_KEYS + (pair)]);       \
             EACH(k, vectors) sum[r][k] = bf16_dot(sum[r][k], w, v[k]);              \
         }                                                                           \
     } while (0)
+    pace turn = pace_of(TILE_KEYS / 2);
     int64_t pair = from / 2;
     if (from % 2) {
         ADD_PAIR(pair, &vi_set((int32_t)0xFFFF0000));
@@ -205,9 +205,10 @@ AE_INLINE void accumulate_at(int lines, int vectors, int type, attention_scratch
         from = to;
     }
 #endif
+    pace turn = pace_of(TILE_KEYS);
     for (int64_t i = from; i < to; i++) {
         const char *value = s->data.value[i] + d * (int64_t)ae_type_size(type);
-        if (d == 0) fetch_at(&s->ahead, i, TILE_KEYS);
+        if (d == 0) fetch_in_turn(&s->ahead, &turn);
         vf v[VECTORS];
         for (int k = 0; k < vectors; k++) v[k] = load_as(type, value, k * W, n);
         for (int r = 0; r < lines; r++) {

@@ -18,7 +18,6 @@ def start(job: dict[str, Any]) -> Engine:
     import asyncengine
 
     weights, _, cache = job["precision"].partition(" ")
-
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     llm = loop.run_until_complete(
