@@ -6,7 +6,11 @@
 #include <cpuid.h>
 #endif
 
-int64_t ae_fetch_window = 65536, ae_fetch_rows = 0;
+/* So far ahead lines in order come in time, also where several tiles read a block, the first of them faster than
+ * what follows is fetched. */
+#define LEAD 24576
+
+int64_t ae_fetch_window = 65536, ae_fetch_lead = 0;
 
 __attribute__((constructor)) static void choose_window(void) {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
@@ -18,10 +22,10 @@ __attribute__((constructor)) static void choose_window(void) {
 }
 
 #if defined(__x86_64__)
-__attribute__((constructor)) static void choose_rows(void) {
+__attribute__((constructor)) static void choose_order(void) {
     unsigned a, b, c, d;
     if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx || !__get_cpuid(1, &a, &b, &c, &d)) return;
     const unsigned family = (a >> 8 & 15) + (a >> 20 & 255); /* the second part counts where the first is 15 */
-    if (family >= 26) ae_fetch_rows = 4; /* Zen 5, and later */
+    if (family >= 26) ae_fetch_lead = LEAD; /* Zen 5, and later */
 }
 #endif

@@ -132,7 +132,7 @@ static void tiled_chunk(linear *l, int64_t row, int64_t rows, int64_t panel, int
                 const char *next = p + 1 < panels      ? w + panel_bytes
                                    : start + most < k ? c.weight + (start + most) * AE_PANEL * 2
                                                       : NULL;
-                ae_fetch_begin(thread->fetch, w, bytes, ae_region_of(next, next ? bytes : 0));
+                ae_fetch_begin(thread->fetch, ae_block_of(w, bytes), bytes, ae_block_of(next, bytes));
                 amx_piece(&c, start, length, p);
             }
         }

@@ -48,13 +48,10 @@ AE_INLINE void amx_multiply(const amx_block *t, const int bottom, const int int8
     }
     const char *x = t->x, *w = t->w;
     const int64_t x_row = t->x_row;
+    ae_ahead ahead = {0};
     int64_t unread = 0;
     for (int64_t s = 0; s < t->steps; s++, x += t->x_step, w += STEP_BYTES) {
-        ae_ahead ahead = {0};
-        for (unread -= STEP_BYTES; unread < 0; unread += t->every) {
-            while (ahead.left) ae_fetch_part(&ahead);
-            ahead = ae_fetch_take(t->fetch);
-        }
+        ae_fetch_due(t->fetch, &ahead, &unread, STEP_BYTES, t->every, 0);
         if (s == t->whole) w = t->last;
         TILE_LOAD(6, w, 2 * TILE_ROW_BYTES);
         TILE_LOAD(4, x, x_row);

@@ -65,15 +65,10 @@ AE_INLINE void tile_run(const tile *t, const int type, const int rows) {
     const int64_t stride = t->x_stride;
     const char *x[] = ROW_BASES(t->x, stride);
     const int64_t stretch_bytes = t->stretch * AE_PANEL * (type == AE_F32 ? 4 : 2);
+    ae_ahead ahead = {0};
     int64_t unread = 0;
     for (int64_t left = t->k; left > 0;) {
-        ae_ahead ahead = {0};
-        for (unread -= stretch_bytes; unread < 0; unread += t->every) {
-            while (ahead.left) ae_fetch_part(&ahead);
-            ahead = ae_fetch_take(t->fetch);
-        }
-        if (rows == 1 || type != AE_BF16)
-            while (ahead.left) ae_fetch_part(&ahead);
+        ae_fetch_due(t->fetch, &ahead, &unread, stretch_bytes, t->every, rows == 1 || type != AE_BF16);
         int64_t k = left < t->stretch ? left : t->stretch;
         left -= k;
         if (type == AE_F32 || type == AE_F16) {
@@ -262,7 +257,7 @@ static void float_chunk(linear *l, int64_t row, int64_t rows, int64_t panel, int
                                : start + most < k ? all.w + ae_panel_bytes(start + most, l->type, 0, 0)
                                                   : NULL;
             const int64_t bytes = ae_panel_bytes(t.k, l->type, 0, 0);
-            ae_fetch_begin(thread->fetch, t.w, bytes, ae_region_of(next, next ? bytes : 0));
+            ae_fetch_begin(thread->fetch, ae_block_of(t.w, bytes), bytes, ae_block_of(next, bytes));
             float_piece(t, l->type, rows);
         }
     }

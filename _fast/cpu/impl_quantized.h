@@ -72,16 +72,19 @@ AE_INLINE void int_run(const int_tile *t, const int bits, const int rows) {
     }
     const int8_t *x[] = ROW_BASES(t->x, stride);
     const int64_t group_bytes = ae_group_bytes(bits == 8 ? AE_Q8 : AE_Q4, t->group, t->minimum);
-    const int64_t header = t->minimum ? 128 : 64;
+    const int64_t part_bytes = group_bytes * 32 / t->group, header = t->minimum ? 128 : 64;
     const char *w = t->w;
+    ae_ahead ahead = {0};
     int64_t unread = 0;
     for (int64_t g = 0; g < t->groups; g++, w += group_bytes) {
         vi sum[TILE_ROWS][PANEL_VECTORS];
         EACH(m, rows) EACH(v, PANEL_VECTORS) sum[m][v] = vi_start(&t->rows[m].start[g]);
         const char *line = w + header;
         for (int64_t left = t->group; left; left -= 32) {
+            ae_fetch_due(t->fetch, &ahead, &unread, part_bytes, t->every, rows == 1);
             if (bits == 4) {
                 EACH(k, 4) {
+                    if (rows > 1) ae_fetch_part(&ahead);
                     EACH_HELD(first, PANEL_VECTORS) {
                         codes low[PANEL_VECTORS], high[PANEL_VECTORS];
                         EACH(i, held) {
@@ -100,6 +103,7 @@ AE_INLINE void int_run(const int_tile *t, const int bits, const int rows) {
                 line += 16 * AE_PANEL;
             } else {
                 EACH(k, 8) {
+                    if (rows > 1) ae_fetch_part(&ahead);
                     EACH_HELD(first, PANEL_VECTORS) {
                         codes both[PANEL_VECTORS];
                         EACH(i, held) both[i] = codes_of(CODES(first + i, k));
@@ -113,7 +117,6 @@ AE_INLINE void int_run(const int_tile *t, const int bits, const int rows) {
             }
             NEXT_ROWS(x, rows, 32);
         }
-        for (unread -= group_bytes; unread < 0; unread += t->every) ae_fetch_more(t->fetch);
         EACH(v, PANEL_VECTORS) {
             const vf d = vf_load_f16((const uint16_t *)w + v * W);
             const vf biased = vf_mul(d, vf_set(-INT_BIAS_FLOAT));
@@ -232,7 +235,7 @@ static void by_blocks(const int_chunk *c) {
                                : b + 1 < c->blocks   ? c->weight + first_group(c, b + 1) * c->group_bytes
                                                      : NULL;
             const int64_t bytes = t.groups * c->group_bytes;
-            ae_fetch_begin(c->fetch, t.w, bytes, ae_region_of(next, next ? bytes : 0));
+            ae_fetch_begin(c->fetch, ae_block_of(t.w, bytes), bytes, ae_block_of(next, bytes));
             int_piece(t, c->rows, c->l->type == AE_Q4);
         }
     }

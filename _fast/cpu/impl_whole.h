@@ -67,12 +67,15 @@ AE_INLINE void whole_run(const whole_call *t, const int bits, const int rows, co
     EACH(m, rows) EACH(v, vectors) sum[m][v] = vi_start(&t->rows[m].start);
     const int8_t *x[] = ROW_BASES(t->x, stride);
     const char *w = t->w + AE_WHOLE_SCALES;
+    ae_ahead ahead = {0};
     int64_t unread = 0;
     for (int64_t left = t->k; left; left -= 32) {
+        ae_fetch_due(t->fetch, &ahead, &unread, panels * ae_whole_part_bytes(type), t->every, rows == 1);
         if (bits == 4) {
             steps by[PANEL_VECTORS];
             EACH(v, PANEL_VECTORS) by[v] = steps_of((const uint8_t *)w + v * W * 2);
             EACH(k, 4) {
+                if (rows > 1) ae_fetch_part(&ahead);
                 EACH_HELD(first, PANEL_VECTORS) {
                     codes low[PANEL_VECTORS], high[PANEL_VECTORS];
                     EACH(i, held) {
@@ -90,6 +93,7 @@ AE_INLINE void whole_run(const whole_call *t, const int bits, const int rows, co
             }
         } else {
             EACH(k, 8) {
+                if (rows > 1) ae_fetch_part(&ahead);
                 EACH_HELD(first, vectors) {
                     codes line[2 * PANEL_VECTORS];
                     EACH(i, held) {
@@ -103,10 +107,8 @@ AE_INLINE void whole_run(const whole_call *t, const int bits, const int rows, co
                 }
             }
         }
-        const int64_t bytes = ae_whole_part_bytes(type);
-        w += bytes;
+        w += ae_whole_part_bytes(type);
         NEXT_ROWS(x, rows, 32);
-        for (unread -= panels * bytes; unread < 0; unread += t->every) ae_fetch_more(t->fetch);
     }
     EACH(v, vectors) {
         float *out = t->out + v * W;
@@ -184,7 +186,7 @@ static void whole_fetch(const linear *l, const whole_call *t, int64_t taken, int
     const int64_t panel_bytes = ae_whole_panel_bytes(l->k, l->type), bytes = taken * panel_bytes;
     if (!is_small(l)) {
         const int64_t after = panels - taken < taken ? panels - taken : taken;
-        ae_fetch_begin(t->fetch, t->w, bytes, ae_region_of(t->w + bytes, after * panel_bytes));
+        ae_fetch_begin(t->fetch, ae_block_of(t->w, bytes), bytes, ae_block_of(t->w + bytes, after * panel_bytes));
     }
     ae_fetch_allow(t->fetch, bytes);
 }

@@ -20,9 +20,12 @@ AE_INLINE void whole16_run(const whole_call *t, const int rows) {
     }
     const int8_t *x[] = ROW_BASES(t->x, stride);
     const char *w = t->w + AE_WHOLE_SCALES;
+    ae_ahead ahead = {0};
     int64_t unread = 0;
     for (int64_t left = t->k; left; left -= 32) {
+        ae_fetch_due(t->fetch, &ahead, &unread, ae_whole_part_bytes(AE_Q16), t->every, rows == 1);
         EACH(k, 8) {
+            if (rows > 1) ae_fetch_part(&ahead);
             EACH_HELD(first, PANEL_VECTORS) {
                 codes highs[PANEL_VECTORS], lows[PANEL_VECTORS];
                 EACH(i, held) {
@@ -41,7 +44,6 @@ AE_INLINE void whole16_run(const whole_call *t, const int rows) {
         }
         w += ae_whole_part_bytes(AE_Q16);
         NEXT_ROWS(x, rows, 32);
-        for (unread -= ae_whole_part_bytes(AE_Q16); unread < 0; unread += t->every) ae_fetch_more(t->fetch);
     }
     EACH(v, PANEL_VECTORS) {
         float *out = t->out + v * W;
