@@ -1,14 +1,15 @@
 /* Attention on an int8 cache in integers, where the processor has their dot product: keys and values are taken
- * as they are, queries and weights rounded to 16 bits, whose high and low bytes are multiplied apart. Queries are
- * quantized rows (quantized.h). A weight, at most 1, times the scale of its value is a multiple of 1/65535 of the
- * largest scale that the line sees in the tile, whatever else is there. Sums are exact until a tile ends.
+ * as they are, and queries as quantized rows (quantized.h). A weight, at most 1, times the scale of its value is a
+ * multiple of 1/65535 of the largest scale that the line sees in the tile, whatever else is there: its high and low
+ * bytes are multiplied apart. (With 8 bits the many small weights of a tile would be lost beside a large one.) Sums
+ * are exact until a tile ends.
  */
 #pragma once
 #include "attention_scratch.h"
 #include "impl_quantize.h"
 
 #if defined(INT_DOT)
-/* Lines of a register block: each has sums of high and of low parts. */
+/* Lines of a register block where each has sums of high and of low parts. */
 #define CODE_LINES (LINES / 2)
 
 AE_INLINE signed4 four_codes(const void *codes) {
@@ -18,35 +19,38 @@ AE_INLINE signed4 four_codes(const void *codes) {
 }
 
 static void quantize_queries(attention_scratch *s, const attention *a, const line_tile *t) {
-    const int64_t bytes = ae_row8_bytes(a->dim, AE_WHOLE16);
-    for (int64_t i = 0; i < t->lines; i++) quantize_pairs(s->queries.codes + i * bytes, t->query[i], a->dim);
+    const int64_t D = a->dim, width = ae_group_width(D, AE_WHOLE), bytes = ae_row8_bytes(D, AE_WHOLE);
+    for (int64_t i = 0; i < t->lines; i++) {
+        int8_t *row8 = s->queries.codes + i * bytes;
+        float *scale = ae_row8_scales(row8, D, AE_WHOLE);
+        quantize_group(row8, scale, ae_row8_sums(row8, D, AE_WHOLE), t->query[i], D, width);
+    }
 }
 
 /* As score_at(). */
 AE_INLINE void score_codes_at(int lines, int vectors, attention_scratch *s, const attention *a, int64_t line,
                               int64_t i) {
-    const int64_t dim = a->dim, width = ae_group_width(dim, AE_WHOLE16), bytes = ae_row8_bytes(dim, AE_WHOLE16);
+    const int64_t dim = a->dim, bytes = ae_row8_bytes(dim, AE_WHOLE);
     const int8_t *rows = s->queries.codes + line * bytes, *query = rows;
     const float *key = s->data.keys + i;
-    vi sum[CODE_LINES][2][VECTORS];
+    vi sum[LINES][VECTORS];
     /* Keys are 128 more than they should be. */
-    EACH(r, lines) EACH(part, 2) EACH(k, vectors)
-        sum[r][part][k] = vi_set(-128 * ae_row8_sums(rows + r * bytes, dim, AE_WHOLE16)[part]);
+    EACH(r, lines) EACH(k, vectors) sum[r][k] = vi_set(-128 * *ae_row8_sums(rows + r * bytes, dim, AE_WHOLE));
     pace turn = pace_of(dim / 4);
     for (int64_t words = (dim + 3) / 4; words > 0; words--, query += 4, key += TILE_KEYS) {
         codes column[VECTORS];
         EACH(k, vectors) column[k] = codes_of(vi_load(key + k * W));
         fetch_in_turn(&s->ahead, &turn);
-        EACH(r, lines) EACH(part, 2) {
-            const signed4 q = four_codes(query + r * bytes + part * width);
-            EACH(k, vectors) sum[r][part][k] = dot(sum[r][part][k], column[k], q);
+        EACH(r, lines) {
+            const signed4 q = four_codes(query + r * bytes);
+            EACH(k, vectors) sum[r][k] = dot(sum[r][k], column[k], q);
         }
     }
-    EACH(r, lines) EACH(k, vectors) {
-        const vf scale = vf_set(*ae_row8_scales(rows + r * bytes, dim, AE_WHOLE16));
-        const vf y = vf_fma(vi_to_vf(sum[r][0][k]), vf_set(AE_HIGH), vi_to_vf(sum[r][1][k]));
-        vf_store(s->scores + (line % BATCH + r) * TILE_KEYS + i + k * W,
-                 vf_mul(y, vf_mul(vf_load(s->data.key_scale + i + k * W), scale)));
+    EACH(r, lines) {
+        const vf scale = vf_set(*ae_row8_scales(rows + r * bytes, dim, AE_WHOLE));
+        EACH(k, vectors)
+            vf_store(s->scores + (line % BATCH + r) * TILE_KEYS + i + k * W,
+                     vf_mul(vi_to_vf(sum[r][k]), vf_mul(vf_load(s->data.key_scale + i + k * W), scale)));
     }
 }
 

@@ -33,7 +33,7 @@ typedef struct attention_scratch {
     float scores[BATCH * TILE_KEYS]; /* of line i at row i % BATCH */
     union { /* of lines, rounded */
         uint16_t pairs[TILE_LINES * MAX_DIM / 2]; /* rows of `padded` */
-        int8_t codes[TILE_LINES * (MAX_DIM + 64)]; /* quantized rows, AE_WHOLE16; half as many where MAX_DIM long */
+        int8_t codes[TILE_LINES * (MAX_DIM / 2 + 64)]; /* quantized rows, AE_WHOLE; half as many where MAX_DIM long */
     } queries;
     float l[TILE_LINES * W], m[TILE_LINES]; /* a line's weights summed lane by lane, and its maximum */
     float drop[TILE_LINES], factor[TILE_LINES], merged_m[TILE_LINES], merged_l[TILE_LINES];

@@ -38,8 +38,7 @@ AE_INLINE void score_at(int lines, int vectors, int type, attention_scratch *s, 
 #endif
 #if defined(INT_DOT)
     if (INTEGERS(type)) {
-        score_codes_at(lines < CODE_LINES ? lines : CODE_LINES, vectors, s, a, line, i);
-        if (lines > CODE_LINES) score_codes_at(lines - CODE_LINES, vectors, s, a, line + CODE_LINES, i);
+        score_codes_at(lines, vectors, s, a, line, i);
         return;
     }
 #endif

@@ -7,6 +7,7 @@ from asyncengine._fast import cpu
 
 from .kv_int8 import blocks_of, quantized
 from .one_op import LEVELS, TYPES, narrowed, run, team
+from .test_whole_rows import norm_of, rotation
 
 # heads, KV heads, head size, rotary dim, block
 SHAPES = [
@@ -23,6 +24,14 @@ def tables(positions: int, rotary: int) -> np.ndarray:
     """[positions, rotary]: cosines, then sines."""
     angles = np.arange(positions)[:, None] * 10_000.0 ** (-np.arange(0, rotary, 2) / rotary)
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def embedded(x: np.ndarray, cos_sin: np.ndarray) -> np.ndarray:
+    """x [tokens, heads, D] with every token's rotary embedding."""
+    half = cos_sin.shape[1] // 2
+    cos, sin = (part[:, None].astype(np.float64) for part in (cos_sin[:, :half], cos_sin[:, half:]))
+    a, b = x[..., :half], x[..., half : 2 * half]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], axis=-1)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -63,10 +72,7 @@ def test_rope_and_write(level: str, dtype: str, norm: bool, shape: tuple[int, in
         x = exact[:, part]
         if weight is not None:
             x = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
-        half = rotary // 2
-        cos, sin = (c[positions][:, None].astype(np.float64) for c in (cos_sin[:, :half], cos_sin[:, half:]))
-        a, b = x[..., :half], x[..., half:rotary]
-        exact[:, part] = np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., rotary:]], axis=-1)
+        exact[:, part] = embedded(x, cos_sin[positions])
     np.testing.assert_allclose(qkv, exact, atol=3e-6, rtol=3e-6)
     np.testing.assert_array_equal(qkv[:, Hq + Hk :], before[:, Hq + Hk :])
 
@@ -89,19 +95,23 @@ def test_int8_rows(level: str, heads: tuple[int, int], D: int, block: int) -> No
     rng = np.random.default_rng(D)
     qkv = rng.normal(0, 2, (T, Hq + 2 * Hk, D)).astype(np.float32)
     qkv[3, Hq + Hk], qkv[4, -1, 5], qkv[5, -1, 7] = 0, np.inf, np.nan
+    before, cos_sin = qkv.astype(np.float64), tables(T, D)
     blocks = -(-T // block)
     table = rng.permutation(blocks)[None]
     keys, values = np.zeros((2, blocks, cpu.kv_block_bytes("I8", Hk, block, D)), np.uint8)
     run(
         team(level, 2),
         cpu.ROPE_KV,
-        [qkv, tables(T, D), keys, values, None, None],
+        [qkv, cos_sin, keys, values, None, None],
         [Hq, Hk, D, D, block, cpu.I8, 0, 0, keys[0].nbytes],
         num_tokens=T,
         num_seqs=1,
         positions=np.arange(T),
         block_table=table,
     )
+    exact = embedded(before[:, : Hq + Hk], cos_sin) @ rotation(D)
+    exact[:, :Hq] /= norm_of(D)
+    np.testing.assert_allclose(qkv[:, : Hq + Hk], exact, atol=1e-6 * norm_of(D) ** 0.5, rtol=3e-6)
     for cache, rows in ((keys, qkv[:, Hq : Hq + Hk]), (values, qkv[:, Hq + Hk :])):
         codes = np.zeros((blocks, Hk, block, D), np.int8)
         scales = np.zeros((blocks, Hk, block), np.float32)
