@@ -100,8 +100,10 @@ static double peak_read(const ae_peak *peak, const ae_thread *thread) {
     vf sum[4];
     EACH(i, 4) sum[i] = vf_zero();
     ae_fetch fetch = {0};
-    ae_fetch_begin(&fetch, ae_region_of(peak->data + lo, hi - lo), hi - lo, (ae_region){0});
-    ae_fetch_allow(&fetch, hi - lo);
+    if (!ae_fetch_lead) { /* else the caches get more by themselves */
+        ae_fetch_begin(&fetch, ae_region_of(peak->data + lo, hi - lo), hi - lo, (ae_region){0});
+        ae_fetch_allow(&fetch, hi - lo);
+    }
     for (const char *p = peak->data + lo, *end = peak->data + hi; p < end; p += 256) {
         if ((p - peak->data) % AE_FETCH_BYTES == 0) ae_fetch_more(&fetch);
         for (int j = 0; j < 256; j += 16 * W)
