@@ -48,8 +48,9 @@ static linear linear_of(const ae_op *op, const ae_step *step) {
 }
 
 /* How a call is cut. The panels of a small batch (linear.h) are shared out evenly: so a thread knows which
- * ones it will read, and can fetch them in time; who is done with his helps others. Of a large batch item i is
- * row group i / chunks, panel chunk i % chunks, and goes to whoever is free. */
+ * ones it will read, and can fetch them in time. Of a large batch item i is row group i / chunks, panel chunk
+ * i % chunks: a thread's share are the rows that it has, or nearly so, in other operations, which may lie in a
+ * cache of its own. Who is done with his share helps others. */
 typedef struct cut {
     int64_t units, unit; /* panels of a small batch come in so many units of so many panels */
     int done;            /* shares of which all is taken: of this thread, of the next one, ... */
@@ -96,28 +97,28 @@ typedef struct item {
 
 /* The next item for this thread; 0 when all are taken. */
 AE_INLINE int next_item(item *it, const linear *l, cut *c, const ae_thread *thread) {
-    int64_t stop = l->panels;
-    if (is_small(l)) {
-        share s;
-        int64_t i;
-        for (;; c->done++) {
-            if (c->done == thread->nthreads) return 0;
-            const int owner = (thread->tid + c->done) % thread->nthreads;
-            s = share_of(l, c, owner, thread);
-            i = ae_take(thread, owner, (s.stop - s.panel + c->chunk_panels - 1) / c->chunk_panels);
-            if (i >= 0) break;
+    for (; c->done < thread->nthreads; c->done++) {
+        const int owner = (thread->tid + c->done) % thread->nthreads;
+        int64_t stop = l->panels;
+        if (is_small(l)) {
+            const share s = share_of(l, c, owner, thread);
+            const int64_t i = ae_take(thread, owner, (s.stop - s.panel + c->chunk_panels - 1) / c->chunk_panels);
+            if (i < 0) continue;
+            *it = (item){.rows = l->m, .panel = s.panel + i * c->chunk_panels};
+            stop = s.stop;
+        } else {
+            const int64_t first = c->items * owner / thread->nthreads;
+            const int64_t taken = ae_take(thread, owner, c->items * (owner + 1) / thread->nthreads - first);
+            if (taken < 0) continue;
+            const int64_t i = first + taken;
+            it->row = i / c->chunks * c->group_rows;
+            it->panel = i % c->chunks * c->chunk_panels;
+            it->rows = l->m - it->row < c->group_rows ? l->m - it->row : c->group_rows;
         }
-        *it = (item){.rows = l->m, .panel = s.panel + i * c->chunk_panels};
-        stop = s.stop;
-    } else {
-        const int64_t i = ae_next(thread, c->items, 1);
-        if (i < 0) return 0;
-        it->row = i / c->chunks * c->group_rows;
-        it->panel = i % c->chunks * c->chunk_panels;
-        it->rows = l->m - it->row < c->group_rows ? l->m - it->row : c->group_rows;
+        it->panels = stop - it->panel < c->chunk_panels ? stop - it->panel : c->chunk_panels;
+        return 1;
     }
-    it->panels = stop - it->panel < c->chunk_panels ? stop - it->panel : c->chunk_panels;
-    return 1;
+    return 0;
 }
 
 /* Panels of the output that must not be parted: whole groups of a gated output's quantized rows. */
