@@ -61,8 +61,9 @@ enum ae_code {
     /* p0 qkv f32 [T, (Hq + 2 Hk) D], rotated in place · p1 cos_sin f32 [positions, n3]: n3/2 cosines
      * then n3/2 sines · p2 K cache · p3 V cache: blocks of [Hk, block, D], n8 bytes from block to block;
      * those of AE_I8 have scales behind them (attention.h) · p4, p5 weight f32 [D] of the per-head RMS norm
-     * of q and k, or NULL · n0 Hq · n1 Hk · n2 D, for AE_I8 at most 512 · n3 rotary dim · n4 block size · n5
-     * cache type · f0 eps of the norms.
+     * of q and k, or NULL · p6 f32 [(Hq + 2 Hk) D], the bias in all rows of qkv, or NULL · p7 mean row of p1 · n0
+     * Hq · n1 Hk · n2 D, for AE_I8 at most 512 · n3 rotary dim · n4 block size · n5 cache type · f0 eps of the
+     * norms. p6 and p7 are read for AE_I8 without p5 (attention.h).
      * Norm, then rotate halves (x1, x2) -> (x1 c - x2 s, x2 c + x1 s), then write k and v at the
      * token's position: block_table[pos / block], row pos % block. */
     AE_ROPE_KV,

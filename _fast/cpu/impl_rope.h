@@ -25,6 +25,15 @@ static void scale_row(float *x, vf scale, int64_t n) {
     for (int64_t i = 0; i < n; i += W) store_as(AE_F32, x, i, vf_mul(load_as(AE_F32, x, i, n - i), scale), n - i);
 }
 
+/* x less the mean of what a bias becomes by embedding, of which `mean` has the mean cosines and sines. */
+static void leave_out(float *x, const float *bias, const float *mean, int64_t half, int64_t n) {
+    float common[MAX_DIM];
+    memcpy(common, bias, (size_t)n * sizeof *x);
+    embed_position(common, mean, half);
+    for (int64_t i = 0; i < n; i += W)
+        store_as(AE_F32, x, i, vf_sub(load_as(AE_F32, x, i, n - i), load_as(AE_F32, common, i, n - i)), n - i);
+}
+
 AE_INLINE void narrow_row(int type, void *cache, int64_t first, const float *x, int64_t n) {
     for (int64_t i = 0; i < n; i += W) store_as(type, cache, first + i, load_as(AE_F32, x, i, n - i), n - i);
 }
@@ -63,6 +72,7 @@ static void write_row(int type, char *block, int64_t rows, int64_t row, const fl
 static void k_rope_kv(const ae_op *op, const ae_step *step, const ae_thread *thread) {
     const int64_t Hq = op->n[0], Hk = op->n[1], D = op->n[2], rotary = op->n[3], block = op->n[4];
     const int64_t heads = Hq + 2 * Hk, type = op->n[5];
+    const float *bias = op->p[5] ? NULL : op->p[6];
     const vf undone = vf_set(1.0f / (float)ae_rotation_norm(D));
     int64_t lo, hi;
     ae_share(thread, step->num_tokens * heads, 1, &lo, &hi);
@@ -75,6 +85,7 @@ static void k_rope_kv(const ae_op *op, const ae_step *step, const ae_thread *thr
             if (weight) rms_norm(x, x, weight, D, op->f[0]);
             embed_position(x, (const float *)op->p[1] + position * rotary, rotary / 2);
             if (type == AE_I8) {
+                if (h >= Hq && bias) leave_out(x, bias + h * D, op->p[7], rotary / 2, D);
                 rotate_row(x, D);
                 if (h < Hq) scale_row(x, undone, D);
             }

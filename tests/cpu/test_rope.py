@@ -90,28 +90,35 @@ def test_rope_and_write(level: str, dtype: str, norm: bool, shape: tuple[int, in
 @pytest.mark.parametrize(
     ("heads", "D", "block"), [((3, 1), 64, 16), ((4, 2), 80, 32), ((2, 3), 34, 8)], ids=str
 )
-def test_int8_rows(level: str, heads: tuple[int, int], D: int, block: int) -> None:
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_int8_rows(level: str, heads: tuple[int, int], D: int, block: int, has_bias: bool) -> None:
     (Hq, Hk), T = heads, 29
     rng = np.random.default_rng(D)
     qkv = rng.normal(0, 2, (T, Hq + 2 * Hk, D)).astype(np.float32)
     qkv[3, Hq + Hk], qkv[4, -1, 5], qkv[5, -1, 7] = 0, np.inf, np.nan
     before, cos_sin = qkv.astype(np.float64), tables(T, D)
+    bias = rng.normal(0, 40, (Hq + 2 * Hk, D)).astype(np.float32) if has_bias else None
+    mean = cos_sin.mean(axis=0)
     blocks = -(-T // block)
     table = rng.permutation(blocks)[None]
     keys, values = np.zeros((2, blocks, cpu.kv_block_bytes("I8", Hk, block, D)), np.uint8)
     run(
         team(level, 2),
         cpu.ROPE_KV,
-        [qkv, cos_sin, keys, values, None, None],
+        [qkv, cos_sin, keys, values, None, None, bias, mean],
         [Hq, Hk, D, D, block, cpu.I8, 0, 0, keys[0].nbytes],
         num_tokens=T,
         num_seqs=1,
         positions=np.arange(T),
         block_table=table,
     )
-    exact = embedded(before[:, : Hq + Hk], cos_sin) @ rotation(D)
+    exact = embedded(before[:, : Hq + Hk], cos_sin)
+    if bias is not None:  # what all keys have in common is left out
+        exact[:, Hq:] -= embedded(bias[None, Hq : Hq + Hk].astype(np.float64), mean[None])
+    exact = exact @ rotation(D)
     exact[:, :Hq] /= norm_of(D)
-    np.testing.assert_allclose(qkv[:, : Hq + Hk], exact, atol=1e-6 * norm_of(D) ** 0.5, rtol=3e-6)
+    atol = (1e-5 if has_bias else 1e-6) * norm_of(D) ** 0.5
+    np.testing.assert_allclose(qkv[:, : Hq + Hk], exact, atol=atol, rtol=3e-6)
     for cache, rows in ((keys, qkv[:, Hq : Hq + Hk]), (values, qkv[:, Hq + Hk :])):
         codes = np.zeros((blocks, Hk, block, D), np.int8)
         scales = np.zeros((blocks, Hk, block), np.float32)

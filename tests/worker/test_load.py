@@ -121,6 +121,22 @@ def test_kv_types(saved, kv_dtype, tolerance):
         assert started.allocated.kv_bytes == 200 * 2 * 3 * 2 * 4 * 16 * 2
 
 
+@pytest.mark.parametrize(("size", "tolerance"), [(0, 0.06), (300, 0.3)])
+def test_an_int8_cache_and_a_bias_of_keys(tmp_path, size, tolerance):
+    """In some models a few dimensions of keys are far beyond the others, and nearly the same at all positions."""
+    model = make_model("Qwen2", seed=1)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            bias = layer.self_attn.k_proj.bias.view(2, 16)
+            bias[:, 6:8] += size  # of the pairs that turn slowest
+            bias[0, 15] -= size
+    model.save_pretrained(tmp_path)
+    with Started(spec_of(tmp_path), tmp_path, kv_dtype="int8") as started:
+        started.driver().generate({0: prompt(40)}, 1, logprobs=0)
+        error = np.abs(started.logits(1)[0] - reference_logits(model, prompt(40))[-1])
+    assert 0 < error.max() < tolerance
+
+
 def test_weights_that_cannot_fit_are_refused_with_the_sums(saved, monkeypatch):
     monkeypatch.setattr("asyncengine.worker.ops.cpu_backend.available_bytes", lambda: 1000)
     with pytest.raises(

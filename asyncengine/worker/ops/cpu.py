@@ -129,7 +129,7 @@ class _Use:
 class Handle:
     """An activation [rows, width] whose memory is free again when its last reference goes."""
 
-    __slots__ = ("_buffers", "_memory", "address", "row8", "rows", "use", "width")
+    __slots__ = ("_buffers", "_memory", "address", "bias", "row8", "rows", "use", "width")
 
     def __init__(self, memory: StepMemory, rows: Rows, width: int, nbytes: int, row8_bytes: int) -> None:
         self._memory = memory
@@ -140,6 +140,8 @@ class Handle:
         """Of the float32 values."""
         self.row8 = 0
         """Address of the quantized rows; 0 where there are none."""
+        self.bias = 0
+        """Address of what a linear has added to every row; 0 where it has no bias."""
         self.use = _Use(-1)
         if row8_bytes:
             self.take_row8(row8_bytes)
@@ -165,6 +167,8 @@ class Placement:
     weights: Weights
     rope: int
     """float32 [positions, head_dim], see `rope.cos_sin_table`."""
+    mean_rope: int
+    """Its mean over all positions, float32 [head_dim]."""
     block_size: int
     kv_dtype: KVDType
     kv_addresses: Callable[[int], tuple[int, int]]
@@ -217,6 +221,7 @@ class Recorder:
     def linear(self, x: Handle, weight: Linear) -> Handle:
         out = self._new(x.rows, weight.out_features)
         self._linear(out, x, weight, Mode.STORE)
+        out.bias = self._place.weights.packed(weight).bias
         return out
 
     def add_linear(self, residual: Handle, x: Handle, weight: Linear) -> None:
@@ -232,7 +237,7 @@ class Recorder:
     def rope_kv(self, qkv: Handle, layer: int, q_norm: Vector | None, k_norm: Vector | None) -> None:
         place = self._place
         norms = (0 if norm is None else place.weights.vector(norm) for norm in (q_norm, k_norm))
-        addresses = (place.rope, *place.kv_addresses(layer), *norms)
+        addresses = (place.rope, *place.kv_addresses(layer), *norms, qkv.bias, place.mean_rope)
         head_dim = place.spec.head_dim
         kv_type = _TYPES[KV_TYPES[place.kv_dtype]]
         sizes = (*place.heads, head_dim, head_dim, place.block_size, kv_type, 0, 0, place.kv_stride)
