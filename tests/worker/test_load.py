@@ -123,7 +123,7 @@ def test_kv_types(saved, kv_dtype, tolerance):
 
 @pytest.mark.parametrize(("size", "tolerance"), [(0, 0.06), (300, 0.3)])
 def test_an_int8_cache_and_a_bias_of_keys(tmp_path, size, tolerance):
-    """In some models a few dimensions of keys are far beyond the others, and nearly the same at all positions."""
+    """In some models a few dimensions of keys are far beyond the others, nearly the same at all positions."""
     model = make_model("Qwen2", seed=1)
     with torch.no_grad():
         for layer in model.model.layers:
