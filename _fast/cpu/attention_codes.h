@@ -19,12 +19,8 @@ AE_INLINE signed4 four_codes(const void *codes) {
 }
 
 static void quantize_queries(attention_scratch *s, const attention *a, const line_tile *t) {
-    const int64_t D = a->dim, width = ae_group_width(D, AE_WHOLE), bytes = ae_row8_bytes(D, AE_WHOLE);
-    for (int64_t i = 0; i < t->lines; i++) {
-        int8_t *row8 = s->queries.codes + i * bytes;
-        float *scale = ae_row8_scales(row8, D, AE_WHOLE);
-        quantize_group(row8, scale, ae_row8_sums(row8, D, AE_WHOLE), t->query[i], D, width);
-    }
+    const int64_t bytes = ae_row8_bytes(a->dim, AE_WHOLE);
+    for (int64_t i = 0; i < t->lines; i++) quantize_bytes(s->queries.codes + i * bytes, t->query[i], a->dim);
 }
 
 /* As score_at(). */

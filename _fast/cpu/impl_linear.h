@@ -135,17 +135,12 @@ static ae_region own_region(const linear *l, const cut *c, const ae_thread *thre
     return ae_region_of(l->weight + s.panel * panel_bytes_of(l), (s.stop - s.panel) * panel_bytes_of(l));
 }
 
-/* Where lines are fetched in order, caches do it better by themselves for a single row: 5% on Zen 5. */
-static int is_fetched(const linear *l) {
-    return !ae_fetch_lead || l->m > 1;
-}
-
 /* Cuts the call, has its weights and those of the next one fetched, and its rows prepared. */
 static cut begin_linear(const ae_op *op, linear *l, const ae_step *step, const ae_thread *thread) {
     const cut c = cut_linear(l, unit_of(op), thread);
     if (!is_small(l)) return c;
     const share s = share_of(l, &c, thread->tid, thread);
-    if (s.panel < s.stop && is_fetched(l)) {
+    if (s.panel < s.stop && ae_fetch_pays(l->m)) {
         ae_region next = {0};
         if (thread->upcoming) {
             const linear after = linear_of(thread->upcoming, step);

@@ -100,7 +100,7 @@ static double peak_read(const ae_peak *peak, const ae_thread *thread) {
     vf sum[4];
     EACH(i, 4) sum[i] = vf_zero();
     ae_fetch fetch = {0};
-    if (!ae_fetch_lead) { /* else the caches get more by themselves */
+    if (ae_fetch_pays(1)) {
         ae_fetch_begin(&fetch, ae_region_of(peak->data + lo, hi - lo), hi - lo, (ae_region){0});
         ae_fetch_allow(&fetch, hi - lo);
     }

@@ -130,6 +130,12 @@ static inline void quantize_groups(int8_t *row8, const float *x, int64_t k, int6
         quantize_run(row8, x, k, begin, end, 128);
 }
 
+/* k values in 8 bits, with one scale. */
+static void quantize_bytes(int8_t *row8, const float *x, int64_t k) {
+    quantize_group(row8, ae_row8_scales(row8, k, AE_WHOLE), ae_row8_sums(row8, k, AE_WHOLE), x, k,
+                   ae_group_width(k, AE_WHOLE));
+}
+
 /* k values in 16 bits. */
 static void quantize_pairs(int8_t *row8, const float *x, int64_t k) {
     const int64_t width = ae_group_width(k, AE_WHOLE16);
@@ -164,8 +170,7 @@ static void quantize_whole(int8_t *row8, float *x, int64_t k, int64_t group) {
     if (group == AE_WHOLE16)
         quantize_pairs(row8, x, k);
     else
-        quantize_group(row8, ae_row8_scales(row8, k, group), ae_row8_sums(row8, k, group), x, k,
-                       ae_group_width(k, group));
+        quantize_bytes(row8, x, k);
 }
 
 /* `spare` is memory for k floats. */

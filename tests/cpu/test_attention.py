@@ -1,5 +1,6 @@
 """Paged attention against float64, and the promise that results depend on nothing but the query."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,33 +127,30 @@ class Batch:
 
     def rounding(self) -> np.ndarray:
         """How far the output of these may be off where weights are rounded to 16 bits, tile by tile."""
-        bounds, group = [], self.q_heads // self.kv_heads
-        queries = iter(self.rounded_queries())
-        for (start, count), x in zip(self.rows, self.sequences, strict=True):
-            k, v = (np.repeat(part, group, axis=1) for part in x)
-            peaks = np.abs(v).max(-1).T  # [heads, positions]
-            for position in range(start, start + count):
-                low = max(0, position - self.window + 1) if self.window else 0
-                s = np.einsum("hd,jhd->hj", next(queries), k[low : position + 1]) * self.scale
-                p = np.exp(s - s.max(axis=1, keepdims=True))
-                p /= p.sum(axis=1, keepdims=True)
-                weight = 0.51 / 65535 * p.max(1) * peaks[:, low : position + 1].max(1)
-                bounds.append((p.shape[1] * weight)[:, None])
-        return np.array(bounds)
+        return np.array(
+            [
+                (p.shape[1] * 0.51 / 65535 * p.max(1) * np.abs(v).max(axis=(0, 2)))[:, None]
+                for p, v in self.weighted(self.rounded_queries())
+            ]
+        )
 
     def exact(self, queries: np.ndarray | None = None, magnitudes: bool = False) -> np.ndarray:
         """Of `queries`, its own unless given; `magnitudes`: with the values' magnitudes for values."""
-        out, group = [], self.q_heads // self.kv_heads
-        queries = iter(self.qkv[:, : self.q_heads].astype(np.float64) if queries is None else queries)
+        queries = self.qkv[:, : self.q_heads].astype(np.float64) if queries is None else queries
+        return np.array(
+            [np.einsum("hj,jhd->hd", p, np.abs(v) if magnitudes else v) for p, v in self.weighted(queries)]
+        )
+
+    def weighted(self, queries: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For every token, the weights [heads, seen] and values [seen, heads, D] of what it sees."""
+        group, each = self.q_heads // self.kv_heads, iter(queries)
         for (start, count), x in zip(self.rows, self.sequences, strict=True):
             k, v = (np.repeat(part, group, axis=1) for part in x)
-            v = np.abs(v) if magnitudes else v
             for position in range(start, start + count):
                 low = max(0, position - self.window + 1) if self.window else 0
-                s = np.einsum("hd,jhd->hj", next(queries), k[low : position + 1]) * self.scale
+                s = np.einsum("hd,jhd->hj", next(each), k[low : position + 1]) * self.scale
                 s = np.exp(s - s.max(axis=1, keepdims=True))
-                out.append(np.einsum("hj,jhd->hd", s / s.sum(axis=1, keepdims=True), v[low : position + 1]))
-        return np.array(out)
+                yield s / s.sum(axis=1, keepdims=True), v[low : position + 1]
 
     def assert_right(self, level: str, threads: int = 2) -> None:
         self.compare(self.run(level, threads), level)

@@ -168,7 +168,7 @@ class Placement:
     rope: int
     """float32 [positions, head_dim], see `rope.cos_sin_table`."""
     mean_rope: int
-    """Its mean over all positions, float32 [head_dim]."""
+    """Its mean over all positions, float32 [head_dim], for an int8 cache."""
     block_size: int
     kv_dtype: KVDType
     kv_addresses: Callable[[int], tuple[int, int]]

@@ -51,7 +51,7 @@ class CpuBackend:
         self._world = shard.world
         self._heads = (len(shard.part(spec.num_heads)), len(shard.kv_heads(spec.num_kv_heads)))
         self._rope = cos_sin_table(spec, config.max_model_len)
-        self._mean_rope = self._rope.mean(axis=0)
+        self._mean_rope = self._rope.mean(axis=0) if config.kv_dtype == "int8" else None
         self.team = Team(config.num_threads)
         self.comm = (
             None if comm_fd is None else Comm(comm_fd, shard.rank, shard.world, comm_region_bytes(spec))
@@ -175,7 +175,7 @@ class CpuBackend:
             max_samples=config.max_num_samples,
             weights=self._weights,
             rope=self._rope.ctypes.data,
-            mean_rope=self._mean_rope.ctypes.data,
+            mean_rope=0 if self._mean_rope is None else self._mean_rope.ctypes.data,
             block_size=config.block_size,
             kv_dtype=config.kv_dtype,
             kv_addresses=kv_addresses,
