@@ -14,9 +14,10 @@ enum {
  * from the next cache line on, by f32 scales [Hk, block]: scale = max|x| / 127 over the D elements of a token
  * and head, code = x (127 / max|x|) rounded to nearest even. A row below 2^-120 has scale 0 and zeros; one
  * with a NaN or an infinity has scale NaN and zeros, so that it shows. Keys k are rotated before (rotate.h), and
- * queries q with them: (q R / N) . (k R) = q . k, but no dimension of keys, of which some models have far larger
- * ones than others, takes all of the scale. What all keys of a head have in common adds the same to all scores of
- * a query, which changes no weight: so the mean over all positions of what a bias becomes is left out of keys. */
+ * queries q with them: (q R) . (k R) = N q . k, which the scale of AE_ATTENTION makes up for, but no dimension of
+ * keys, of which some models have far larger ones than others, takes all of the scale. What all keys of a head have
+ * in common adds the same to all scores of a query, which changes no weight: so the mean over all positions of what a
+ * bias becomes is left out of keys. */
 static inline int64_t ae_kv_scales_at(int64_t kv_heads, int64_t block, int64_t dim) {
     return (kv_heads * block * dim + 63) / 64 * 64;
 }

@@ -1,7 +1,7 @@
 /* The contract between the step program, its kernels and the thread team.
  *
  * A step program is an array of `ae_op`, recorded once from the model's forward. A step replays it:
- * every thread of the team walks the whole array and runs its share of each op; the team meets at a
+ * every thread of the team walks the array and runs its share of each op; the team meets at a
  * barrier after every op. Sizes fixed by the model are in the op; what changes per step (how many
  * tokens, where they stand) is in `ae_step`. Activations are float32, row-major, contiguous; weights
  * and the KV cache have the type named in the op.
@@ -100,9 +100,11 @@ typedef struct ae_op {
 
 struct ae_team;
 
-/* One thread's view of the team while it runs an op. */
+/* One thread's view of the team while it runs an op: it is thread `tid` of the `nthreads` that run it. */
 typedef struct ae_thread {
     int tid, nthreads;
+    int index, order; /* which of all threads of the team it is, and the how-manieth to come to the job (team.h) */
+    int64_t first;    /* the op of the job that it begins with: 0 unless it was late */
     struct ae_team *team;
     void *scratch; /* this thread's own, 64-byte aligned, AE_SCRATCH bytes, not kept between ops */
     ae_fetch *fetch;       /* this thread's own; kept from op to op */
@@ -113,8 +115,11 @@ typedef struct ae_thread {
 
 typedef void (*ae_kernel)(const ae_op *op, const ae_step *step, const ae_thread *thread);
 
-/* All threads of the team meet; memory written before is seen after. */
+/* All threads that run the op meet; memory written before is seen after. */
 void ae_barrier(const ae_thread *thread);
+
+/* The same between ops. Threads that have come meanwhile run the next one too, which is op `next` of the job. */
+void ae_next_op(ae_thread *thread, int64_t next);
 
 /* Hands out [0, total) in chunks to whichever thread asks; returns the first index of the chunk or -1.
  * At most one such loop between two barriers: each barrier resets the counter. */

@@ -26,8 +26,8 @@ typedef void (*chunk_fn)(linear *l, int64_t row, int64_t rows, int64_t panel, in
 #define GROUP_PANELS 8
 /* Outputs of an item of a small batch: they stay in the L1 cache until they are finished. */
 #define TILE_FLOATS 8192
-/* Items of a thread's share of a small batch: others can help with so many. Of fewer rows it is one if it fits:
- * their time is that of memory, and weights are fetched for their thread. */
+/* Items of a thread's share of a small batch: others can help with so many. Of fewer rows it is one if it fits, and
+ * nobody helps: their time is that of memory, and weights are fetched for their thread. */
 #define SHARE_CHUNKS 6
 #define HELPED_ROWS 16
 
@@ -54,6 +54,7 @@ static linear linear_of(const ae_op *op, const ae_step *step) {
 typedef struct cut {
     int64_t units, unit; /* panels of a small batch come in so many units of so many panels */
     int done;            /* shares of which all is taken: of this thread, of the next one, ... */
+    int64_t taken;       /* of this thread's share, where nobody helps */
     int64_t group_rows, chunk_panels, chunks, items;
 } cut;
 
@@ -68,6 +69,8 @@ static share share_of(const linear *l, const cut *c, int owner, const ae_thread 
     return s.stop > l->panels ? (share){s.panel, l->panels} : s;
 }
 
+static int is_helped(const linear *l) { return l->m >= HELPED_ROWS; }
+
 /* `unit`: panels that must not be parted. An item's outputs fit `linear_tile`. */
 static cut cut_linear(const linear *l, int64_t unit, const ae_thread *thread) {
     const int64_t units = (l->panels + unit - 1) / unit;
@@ -75,7 +78,7 @@ static cut cut_linear(const linear *l, int64_t unit, const ae_thread *thread) {
     int64_t chunk; /* in units */
     if (is_small(l)) {
         const int64_t most = TILE_FLOATS / (AE_PANEL * unit * l->m);
-        const int64_t items = (l->m < HELPED_ROWS ? 1 : SHARE_CHUNKS) * thread->nthreads;
+        const int64_t items = (is_helped(l) ? SHARE_CHUNKS : 1) * thread->nthreads;
         chunk = (units + items - 1) / items;
         if (chunk > most) chunk = most;
         if (chunk < 1) chunk = 1;
@@ -102,7 +105,9 @@ AE_INLINE int next_item(item *it, const linear *l, cut *c, const ae_thread *thre
         int64_t stop = l->panels;
         if (is_small(l)) {
             const share s = share_of(l, c, owner, thread);
-            const int64_t i = ae_take(thread, owner, (s.stop - s.panel + c->chunk_panels - 1) / c->chunk_panels);
+            const int64_t items = (s.stop - s.panel + c->chunk_panels - 1) / c->chunk_panels;
+            if (!is_helped(l) && (owner != thread->tid || c->taken == items)) return 0;
+            const int64_t i = is_helped(l) ? ae_take(thread, owner, items) : c->taken++;
             if (i < 0) continue;
             *it = (item){.rows = l->m, .panel = s.panel + i * c->chunk_panels};
             stop = s.stop;

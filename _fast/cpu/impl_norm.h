@@ -37,7 +37,7 @@ AE_INLINE void norm_row(float *out, int8_t *row8, int64_t group, const float *x,
         }
         if (row8 && !whole) quantize_groups(row8, to, n, group, begin, end);
     }
-    if (whole) quantize_whole(row8, out ? memcpy(spare, out, (size_t)n * sizeof *out) : spare, n, group);
+    if (whole) quantize_whole(row8, spare, out ? out : spare, n, group);
 }
 
 AE_INLINE void rms_norm(float *out, const float *x, const float *weight, int64_t n, float eps) {

@@ -18,7 +18,7 @@
 static void place_whole(char *panel, int lane, float *x, int64_t k, int64_t group, void *spare) {
     const int64_t width = ae_group_width(k, group), parts = ae_parts(group);
     int8_t *codes = spare;
-    quantize_whole(codes, x, k, group);
+    quantize_whole(codes, x, x, k, group);
     const float d = *ae_row8_scales(codes, k, group) / (float)ae_rotation_norm(k);
     memcpy(panel + lane * 4, &d, sizeof d);
     char *out = panel + AE_WHOLE_SCALES + lane * 4;
@@ -60,7 +60,7 @@ static void place_part(char *part, int lane, const float *x, fit f) {
 static void place_whole_q4(char *panel, int lane, float *x, int64_t k, void *spare) {
     const int64_t parts = ae_group_width(k, AE_WHOLE) / 32;
     fit *fits = spare;
-    rotate_row(x, k);
+    rotate_row(x, x, k);
     for (int64_t i = k; i < 32 * parts; i++) x[i] = x[k - 1];
     float scale = 0;
     for (int64_t i = 0; i < parts; i++) {

@@ -22,6 +22,11 @@ AE_INLINE void store_codes(int8_t *q, vi codes) {
 }
 AE_INLINE vi codes_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 AE_INLINE int32_t codes_sum(vi a) { return _mm512_reduce_add_epi32(a); }
+AE_INLINE void store_codes4(int8_t *q, const vi *codes) {
+    const vi low = _mm512_packs_epi32(codes[0], codes[1]), high = _mm512_packs_epi32(codes[2], codes[3]);
+    const vi order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(q, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high)));
+}
 #elif defined(AE_LEVEL_AVX2)
 AE_INLINE vi peak_zero(void) { return _mm256_setzero_si256(); }
 AE_INLINE vi peak_max(vi peak, vf x) {
@@ -75,6 +80,10 @@ AE_INLINE vi codes_add(vi a, vi b) { return a + b; }
 AE_INLINE int32_t codes_sum(vi a) { return (a[0] + a[1]) + (a[2] + a[3]); }
 #endif
 
+#if !defined(AE_LEVEL_AVX512)
+AE_INLINE void store_codes4(int8_t *q, const vi *codes) { EACH(j, 4) store_codes(q + j * W, codes[j]); }
+#endif
+
 /* x[i .. i + W), zeros from n on. */
 #define VECTOR_OF(x, i, n) \
     ((n) - (i) >= W ? vf_load((x) + (i)) : (n) - (i) > 0 ? vf_load_n((x) + (i), (int)((n) - (i))) : vf_zero())
@@ -82,7 +91,9 @@ AE_INLINE int32_t codes_sum(vi a) { return (a[0] + a[1]) + (a[2] + a[3]); }
 /* The bits of the largest |x| of n values, of which zeros fill up `width`. */
 AE_INLINE int32_t peak_bits(const float *x, int64_t n, const int64_t width) {
     vi peaks = peak_zero();
-    for (int64_t i = 0; i < width; i += W) peaks = peak_max(peaks, VECTOR_OF(x, i, n));
+    int64_t i = 0;
+    for (; i + 4 * W <= n; i += 4 * W) EACH(j, 4) peaks = peak_max(peaks, vf_load(x + i + j * W));
+    for (; i < width; i += W) peaks = peak_max(peaks, VECTOR_OF(x, i, n));
     return peak_of(peaks);
 }
 
@@ -99,8 +110,15 @@ AE_INLINE void quantize_group(int8_t *q, float *scale, int32_t *sum, const float
         return;
     }
     const vf inverse = vf_set(127.0f / peak);
-    for (int64_t i = 0; i < group; i += W) {
-        vi codes = to_codes(vf_mul(VECTOR_OF(x, i, n), inverse));
+    int64_t i = 0;
+    for (; i + 4 * W <= n; i += 4 * W) {
+        vi codes[4];
+        EACH(j, 4) codes[j] = to_codes(vf_mul(vf_load(x + i + j * W), inverse));
+        EACH(j, 4) sums = codes_add(sums, codes[j]);
+        store_codes4(q + i, codes);
+    }
+    for (; i < group; i += W) {
+        const vi codes = to_codes(vf_mul(VECTOR_OF(x, i, n), inverse));
         store_codes(q + i, codes);
         sums = codes_add(sums, codes);
     }
@@ -164,19 +182,19 @@ static void quantize_pairs(int8_t *row8, const float *x, int64_t k) {
     sums[1] = codes_sum(low_sum);
 }
 
-/* A whole row, rotated; x is left so. */
-static void quantize_whole(int8_t *row8, float *x, int64_t k, int64_t group) {
-    rotate_row(x, k);
+/* A whole row, rotated; `rotated`, which may be x, is left so. */
+static void quantize_whole(int8_t *row8, float *rotated, const float *x, int64_t k, int64_t group) {
+    rotate_row(rotated, x, k);
     if (group == AE_WHOLE16)
-        quantize_pairs(row8, x, k);
+        quantize_pairs(row8, rotated, k);
     else
-        quantize_bytes(row8, x, k);
+        quantize_bytes(row8, rotated, k);
 }
 
 /* `spare` is memory for k floats. */
 static inline void quantize_row(int8_t *row8, const float *x, int64_t k, int64_t group, float *spare) {
     if (ae_is_whole(group))
-        quantize_whole(row8, memcpy(spare, x, (size_t)k * sizeof *x), k, group);
+        quantize_whole(row8, spare, x, k, group);
     else
         quantize_groups(row8, x, k, group, 0, k);
 }

@@ -20,11 +20,6 @@ static void embed_position(float *x, const float *cos_sin, int64_t half) {
     if (i < half) embed_part(x, cos_sin, half, i, half - i);
 }
 
-/* x times `scale`. */
-static void scale_row(float *x, vf scale, int64_t n) {
-    for (int64_t i = 0; i < n; i += W) store_as(AE_F32, x, i, vf_mul(load_as(AE_F32, x, i, n - i), scale), n - i);
-}
-
 /* x less the mean of what a bias becomes by embedding, of which `mean` has the mean cosines and sines. */
 static void leave_out(float *x, const float *bias, const float *mean, int64_t half, int64_t n) {
     float common[MAX_DIM];
@@ -73,28 +68,31 @@ static void k_rope_kv(const ae_op *op, const ae_step *step, const ae_thread *thr
     const int64_t Hq = op->n[0], Hk = op->n[1], D = op->n[2], rotary = op->n[3], block = op->n[4];
     const int64_t heads = Hq + 2 * Hk, type = op->n[5];
     const float *bias = op->p[5] ? NULL : op->p[6];
-    const vf undone = vf_set(1.0f / (float)ae_rotation_norm(D));
     int64_t lo, hi;
     ae_share(thread, step->num_tokens * heads, 1, &lo, &hi);
-    for (int64_t unit = lo; unit < hi; unit++) {
-        const int64_t t = unit / heads, h = unit % heads, position = step->positions[t];
-        float *x = (float *)op->p[0] + unit * D;
-        if (unit + heads < hi) ae_prefetch(x + heads * D, D);
-        if (h < Hq + Hk) {
-            const float *weight = op->p[h < Hq ? 4 : 5];
-            if (weight) rms_norm(x, x, weight, D, op->f[0]);
-            embed_position(x, (const float *)op->p[1] + position * rotary, rotary / 2);
-            if (type == AE_I8) {
-                if (h >= Hq && bias) leave_out(x, bias + h * D, op->p[7], rotary / 2, D);
-                rotate_row(x, D);
-                if (h < Hq) scale_row(x, undone, D);
+    for (int64_t unit = lo, t = lo / heads, stop; unit < hi; unit = stop, t++) {
+        stop = (t + 1) * heads < hi ? (t + 1) * heads : hi;
+        const int64_t position = step->positions[t], slot = step->row_slot[step->token_row[t]];
+        const float *cos_sin = (const float *)op->p[1] + position * rotary;
+        const int64_t at = step->block_table[slot * step->table_stride + position / block] * op->n[8];
+        const int64_t in_block = position % block;
+        for (; unit < stop; unit++) {
+            const int64_t h = unit - t * heads;
+            float *x = (float *)op->p[0] + unit * D;
+            if (unit + heads < hi) ae_prefetch(x + heads * D, D);
+            if (h < Hq + Hk) {
+                const float *weight = op->p[h < Hq ? 4 : 5];
+                if (weight) rms_norm(x, x, weight, D, op->f[0]);
+                embed_position(x, cos_sin, rotary / 2);
+                if (type == AE_I8) {
+                    if (h >= Hq && bias) leave_out(x, bias + h * D, op->p[7], rotary / 2, D);
+                    rotate_row(x, x, D);
+                }
             }
+            if (h < Hq) continue;
+            const int64_t head = h < Hq + Hk ? h - Hq : h - Hq - Hk;
+            char *cache = (char *)op->p[h < Hq + Hk ? 2 : 3] + at;
+            write_row((int)type, cache, Hk * block, head * block + in_block, x, D);
         }
-        if (h < Hq) continue;
-        const int64_t slot = step->row_slot[step->token_row[t]];
-        const int32_t *table = step->block_table + slot * step->table_stride;
-        const int64_t head = h < Hq + Hk ? h - Hq : h - Hq - Hk;
-        char *cache = (char *)op->p[h < Hq + Hk ? 2 : 3] + table[position / block] * op->n[8];
-        write_row((int)type, cache, Hk * block, head * block + position % block, x, D);
     }
 }

@@ -1,4 +1,4 @@
-/* Rotation of float32 rows (rotate.h), in place, factor by factor. The order of a row's sums depends only on
+/* Rotation of float32 rows (rotate.h), factor by factor. The order of a row's sums depends only on
  * its width. */
 #pragma once
 #include "rotate.h"
@@ -15,16 +15,28 @@ AE_INLINE void hadamard_of(vf *a, const int f) {
             }
 }
 
-/* Hartley's transform of a[0 .. f), f odd. */
+/* Hartley's transform of a[0 .. f), f odd: a_i and a_(f-i) meet the same cosines, and sines of other signs; so do
+ * the results j and f - j. */
 AE_INLINE void hartley_of(vf *a, const int f) {
-    vf out[AE_MOST_FACTOR];
-    const float *first = ae_hartley[f];
-    EACH(j, f) {
-        out[j] = a[0];
-        for (int i = 1, at = j; i < f; i++, at = at + j < f ? at + j : at + j - f)
-            out[j] = j ? vf_fma(vf_set(first[at]), a[i], out[j]) : vf_add(out[j], a[i]);
+    enum { MOST = AE_MOST_FACTOR / 2 };
+    const int half = f / 2;
+    const float *cosine = ae_cos[f], *sine = ae_sin[f];
+    vf sum[MOST], difference[MOST], first = a[0], all = a[0];
+    EACH(i, half) {
+        sum[i] = vf_add(a[1 + i], a[f - 1 - i]);
+        difference[i] = vf_sub(a[1 + i], a[f - 1 - i]);
+        all = vf_add(all, sum[i]);
     }
-    for (int j = 0; j < f; j++) a[j] = out[j];
+    a[0] = all;
+    EACH(j, half) {
+        vf even = first, odd = vf_zero();
+        for (int i = 0, at = j + 1; i < half; i++, at = at + j + 1 < f ? at + j + 1 : at + j + 1 - f) {
+            even = vf_fma(vf_set(cosine[at]), sum[i], even);
+            odd = vf_fma(vf_set(sine[at]), difference[i], odd);
+        }
+        a[1 + j] = vf_add(even, odd);
+        a[f - 1 - j] = vf_sub(even, odd);
+    }
 }
 
 AE_INLINE void factor_of(vf *a, const int f) {
@@ -72,30 +84,34 @@ static void rotate_by_9(float *x, int64_t k, int64_t stride) { rotate_by(x, k, s
 static void rotate_by_any(float *x, int64_t k, int64_t stride, int f) { rotate_by(x, k, stride, f); }
 
 /* The factors up to 4 W, a multiple of which k is. */
-static void rotate_near(float *x, int64_t k) {
+static void rotate_near(float *out, const float *x, int64_t k) {
     vf a[4];
     for (int64_t i = 0; i < k; i += 4 * W) {
         EACH(j, 4) a[j] = vf_hadamard(vf_load(x + i + j * W));
         hadamard_of(a, 4);
-        EACH(j, 4) vf_store(x + i + j * W, a[j]);
+        EACH(j, 4) vf_store(out + i + j * W, a[j]);
     }
 }
 
-static void rotate_row(float *x, int64_t k) {
+/* k values of x into `out`, which may be x. */
+static void rotate_row(float *out, const float *x, int64_t k) {
     const int64_t power = k & -k;
     int64_t done = 1;
     if (power >= 4 * W) {
-        rotate_near(x, k);
+        rotate_near(out, x, k);
+        if (k == 4 * W) return;
         done = 4 * W;
+    } else if (out != x) {
+        memcpy(out, x, (size_t)k * sizeof *x);
     }
-    for (; 8 * done <= power; done *= 8) rotate_by_8(x, k, done);
-    if (4 * done <= power) rotate_by_4(x, k, done), done *= 4;
-    if (2 * done <= power) rotate_by_2(x, k, done), done *= 2;
+    for (; 8 * done <= power; done *= 8) rotate_by_8(out, k, done);
+    if (4 * done <= power) rotate_by_4(out, k, done), done *= 4;
+    if (2 * done <= power) rotate_by_2(out, k, done), done *= 2;
     int64_t odd = k / power; /* what is left of k */
-    for (; odd % 9 == 0; odd /= 9, done *= 9) rotate_by_9(x, k, done);
-    for (; odd % 3 == 0; odd /= 3, done *= 3) rotate_by_3(x, k, done);
-    for (; odd % 5 == 0; odd /= 5, done *= 5) rotate_by_5(x, k, done);
-    for (; odd % 7 == 0; odd /= 7, done *= 7) rotate_by_7(x, k, done);
+    for (; odd % 9 == 0; odd /= 9, done *= 9) rotate_by_9(out, k, done);
+    for (; odd % 3 == 0; odd /= 3, done *= 3) rotate_by_3(out, k, done);
+    for (; odd % 5 == 0; odd /= 5, done *= 5) rotate_by_5(out, k, done);
+    for (; odd % 7 == 0; odd /= 7, done *= 7) rotate_by_7(out, k, done);
     for (int f = 11; f <= AE_MOST_FACTOR && f <= odd; f += 2)
-        for (; odd % f == 0; odd /= f, done *= f) rotate_by_any(x, k, done, f);
+        for (; odd % f == 0; odd /= f, done *= f) rotate_by_any(out, k, done, f);
 }

@@ -48,7 +48,7 @@ static void unpack_whole(float *out, const char *panel, int lane, int64_t k, int
     const float d = unpacked(panel + lane * 4, AE_F32);
     const uint8_t *codes = (const uint8_t *)panel + AE_WHOLE_SCALES;
     for (int64_t i = 0; i < k; i++) out[i] = d * (float)whole_value(codes, type, lane, i);
-    rotate_row(out, k);
+    rotate_row(out, out, k);
 }
 
 /* out[k] = row `row` of a packed [_, k] weight. */

@@ -19,27 +19,30 @@ static int reads_weights(const ae_op *op, const ae_step *step) {
     return (op->code == AE_LINEAR || op->code == AE_HEAD) && ae_rows_of(op, step) > 0;
 }
 
+/* Tokens of a step whose ops are short. */
+#define SHORT_STEP 64
+
 static void replay_ops(void *arg, const ae_thread *thread) {
     const replay *r = arg;
     ae_fetch fetch = {0};
     ae_thread view = *thread;
     view.fetch = &fetch;
     int64_t upcoming = 0;
-    for (int64_t i = 0; i < r->count; i++) {
+    for (int64_t i = thread->first; i < r->count; i++) {
         const ae_op *op = &r->ops[i];
         if (ae_rows_of(op, r->step) == 0) continue;
         if (upcoming <= i) upcoming = i + 1;
         while (upcoming < r->count && !reads_weights(&r->ops[upcoming], r->step)) upcoming++;
         view.upcoming = upcoming < r->count ? &r->ops[upcoming] : NULL;
         r->kernels->ops[op->code](op, r->step, &view);
-        if (i + 1 < r->count) ae_barrier(thread); /* the job's end is a barrier too */
+        if (i + 1 < r->count) ae_next_op(&view, i + 1); /* the job's end is a meeting too */
     }
 }
 
 int ae_program_run(ae_team *team, const ae_kernels *kernels, const ae_op *ops, int64_t count,
                    const ae_step *step) {
     replay r = {kernels, ops, count, step};
-    return ae_team_run(team, replay_ops, &r);
+    return (step->num_tokens > SHORT_STEP ? ae_team_run : ae_team_run_short)(team, replay_ops, &r);
 }
 
 #if defined(__x86_64__)

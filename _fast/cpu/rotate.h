@@ -12,8 +12,8 @@
 
 #define AE_MOST_FACTOR 61
 
-/* The first row of H but one: ae_hartley[f][i] = cos(2 pi i / f) + sin(2 pi i / f), odd f. */
-extern float ae_hartley[AE_MOST_FACTOR + 1][AE_MOST_FACTOR + 1];
+/* ae_cos[f][i] = cos(2 pi i / f) and sines, of odd f. */
+extern float ae_cos[AE_MOST_FACTOR + 1][AE_MOST_FACTOR + 1], ae_sin[AE_MOST_FACTOR + 1][AE_MOST_FACTOR + 1];
 
 /* N of a width. */
 static inline int64_t ae_rotation_norm(int64_t k) {

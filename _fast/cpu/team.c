@@ -20,9 +20,17 @@ typedef struct member {
 } member;
 
 struct ae_team {
-    ae_meeting meeting;
+    ae_meeting meeting; /* its generation is what threads wait at between jobs, too */
     _Alignas(64) atomic_llong next; /* of ae_next; zeroed by whoever opens the meeting */
-    _Alignas(64) int nthreads;
+    /* Of the last job begun: in the upper half its number; in the lower one how many threads have come to it
+     * besides the caller, or ALL where it was begun together. */
+    _Alignas(64) atomic_ullong door;
+    /* Of the op: how many run it, and where those of them begin who came last. Written before the meeting is
+     * opened, by whoever opens it. */
+    _Alignas(64) atomic_int members;
+    int64_t place;
+    atomic_uint over; /* the number of the last job that is done */
+    int nthreads;
     int started; /* threads that exist, the caller included; nthreads unless creation failed */
     int spin;
     pid_t owner;
@@ -30,15 +38,67 @@ struct ae_team {
     void *arg;
     char *scratch;
     pthread_mutex_t busy;
-    member members[];
+    member members_of[];
 };
+
+#define ALL UINT32_MAX
+/* How long a job waits for threads that may be late. */
+#define PATIENCE_NS 2000
+
+static uint32_t number_of(unsigned long long door) { return (uint32_t)(door >> 32); }
+
+/* Threads that have come to the job, the caller included. */
+static int come(ae_team *team) {
+    const uint32_t count = (uint32_t)atomic_load_explicit(&team->door, memory_order_acquire);
+    return count == ALL ? team->nthreads : 1 + (int)count;
+}
+
+/* If all are there, each has its own part always; else they are numbered as they came. */
+static void take_part(ae_thread *thread, int members) {
+    thread->nthreads = members;
+    thread->tid = members == thread->team->nthreads ? thread->index : thread->order;
+}
+
+/* Opens the meeting of an op, or of a job's end. */
+static void open_meeting(ae_team *team) {
+    /* Not written where nobody took: the line may be another's. */
+    if (atomic_load_explicit(&team->next, memory_order_relaxed))
+        atomic_store_explicit(&team->next, 0, memory_order_relaxed);
+    ae_meeting_open(&team->meeting, 0);
+}
 
 void ae_barrier(const ae_thread *thread) {
     ae_team *team = thread->team;
     unsigned generation;
-    if (ae_meeting_arrive(&team->meeting, team->nthreads, &generation)) {
-        atomic_store_explicit(&team->next, 0, memory_order_relaxed);
-        ae_meeting_open(&team->meeting, 0);
+    if (ae_meeting_arrive(&team->meeting, thread->nthreads, &generation))
+        open_meeting(team);
+    else
+        ae_meeting_wait(&team->meeting, generation, team->spin, 0);
+}
+
+void ae_next_op(ae_thread *thread, int64_t next) {
+    ae_team *team = thread->team;
+    unsigned generation;
+    if (ae_meeting_arrive(&team->meeting, thread->nthreads, &generation)) {
+        const int members = come(team);
+        if (members != thread->nthreads) {
+            team->place = next;
+            atomic_store_explicit(&team->members, members, memory_order_release);
+        }
+        open_meeting(team);
+    } else {
+        ae_meeting_wait(&team->meeting, generation, team->spin, 0);
+    }
+    take_part(thread, atomic_load_explicit(&team->members, memory_order_acquire));
+}
+
+/* The meeting at the end of a job. Afterwards nobody is let in. */
+static void end_job(ae_team *team, uint32_t number) {
+    unsigned generation;
+    const int members = atomic_load_explicit(&team->members, memory_order_relaxed);
+    if (ae_meeting_arrive(&team->meeting, members, &generation)) {
+        atomic_store_explicit(&team->over, number, memory_order_release);
+        open_meeting(team);
     } else {
         ae_meeting_wait(&team->meeting, generation, team->spin, 0);
     }
@@ -50,7 +110,7 @@ int64_t ae_next(const ae_thread *thread, int64_t total, int64_t chunk) {
 }
 
 int64_t ae_take(const ae_thread *thread, int owner, int64_t total) {
-    atomic_ullong *taken = &thread->team->members[owner].taken;
+    atomic_ullong *taken = &thread->team->members_of[owner].taken;
     const unsigned long long now =
         (unsigned long long)atomic_load_explicit(&thread->team->meeting.generation, memory_order_relaxed) << 32;
     unsigned long long was = atomic_load_explicit(taken, memory_order_relaxed);
@@ -62,34 +122,82 @@ int64_t ae_take(const ae_thread *thread, int owner, int64_t total) {
     return i < total ? i : -1;
 }
 
-static void *thread_main(void *arg) {
-    const ae_thread *thread = arg;
-    ae_team *team = thread->team;
+/* Comes to the last job begun, and returns its number. */
+static uint32_t come_to(ae_team *team, ae_thread *view) {
+    unsigned long long door = atomic_load_explicit(&team->door, memory_order_acquire);
+    do {
+        view->order = (uint32_t)door == ALL ? view->index : (int)(uint32_t)door + 1;
+    } while ((uint32_t)door != ALL && !atomic_compare_exchange_weak(&team->door, &door, door + 1));
+    return number_of(door);
+}
+
+/* Waits until this thread is let in; 0 if the job has ended without it. */
+static int is_let_in(ae_team *team, ae_thread *view, uint32_t number) {
     for (;;) {
-        ae_barrier(thread);
-        if (team->job == NULL) return NULL;
-        team->job(team->arg, thread);
-        ae_barrier(thread);
+        const unsigned generation = atomic_load_explicit(&team->meeting.generation, memory_order_acquire);
+        /* In this order: the members of a later job are set after `over`. */
+        const int members = atomic_load_explicit(&team->members, memory_order_acquire);
+        if ((int32_t)(atomic_load_explicit(&team->over, memory_order_acquire) - number) >= 0) return 0;
+        if (members > view->order) {
+            take_part(view, members);
+            return 1;
+        }
+        ae_meeting_wait(&team->meeting, generation, team->spin, 0);
     }
 }
 
-static void run(ae_team *team, ae_job job, void *arg) {
-    const ae_thread *caller = &team->members[0].view;
-    team->job = job;
-    team->arg = arg;
-    ae_barrier(caller);
-    if (job == NULL) return;
-    job(arg, caller);
-    ae_barrier(caller);
+static void *thread_main(void *arg) {
+    ae_thread *view = arg;
+    ae_team *team = view->team;
+    for (uint32_t seen = 0;;) {
+        const unsigned generation = atomic_load_explicit(&team->meeting.generation, memory_order_acquire);
+        if (number_of(atomic_load_explicit(&team->door, memory_order_acquire)) == seen) {
+            ae_meeting_wait(&team->meeting, generation, team->spin, 0);
+            continue;
+        }
+        seen = come_to(team, view);
+        if (!is_let_in(team, view, seen)) continue;
+        if (team->job == NULL) return NULL;
+        view->first = team->place;
+        team->job(team->arg, view);
+        end_job(team, seen);
+    }
 }
 
-int ae_team_run(ae_team *team, ae_job job, void *arg) {
+/* On `members` threads from the beginning: all of them, or the caller alone, whom others join. */
+static void run(ae_team *team, int members, ae_job job, void *arg) {
+    ae_thread *caller = &team->members_of[0].view;
+    const uint32_t number = number_of(atomic_load_explicit(&team->door, memory_order_relaxed)) + 1;
+    team->job = job;
+    team->arg = arg;
+    team->place = 0;
+    take_part(caller, members);
+    atomic_store_explicit(&team->members, members, memory_order_release);
+    const unsigned long long count = members == team->nthreads ? ALL : 0;
+    atomic_store_explicit(&team->door, (unsigned long long)number << 32 | count, memory_order_release);
+    ae_meeting_open(&team->meeting, 0);
+    if (job == NULL) return;
+    if (members < team->nthreads) {
+        if (team->spin)
+            for (const int64_t end = ae_now_ns() + PATIENCE_NS; come(team) < team->nthreads && ae_now_ns() < end;)
+                ae_pause();
+        ae_next_op(caller, 0);
+    }
+    job(arg, caller);
+    end_job(team, number);
+}
+
+static int run_in_turn(ae_team *team, int members, ae_job job, void *arg) {
     if (getpid() != team->owner) return -1;
     pthread_mutex_lock(&team->busy);
-    run(team, job, arg);
+    run(team, members, job, arg);
     pthread_mutex_unlock(&team->busy);
     return 0;
 }
+
+int ae_team_run(ae_team *team, ae_job job, void *arg) { return run_in_turn(team, team->nthreads, job, arg); }
+
+int ae_team_run_short(ae_team *team, ae_job job, void *arg) { return run_in_turn(team, 1, job, arg); }
 
 ae_team *ae_team_create(int nthreads) {
     size_t size = sizeof(ae_team) + sizeof(member) * (size_t)nthreads;
@@ -113,10 +221,10 @@ ae_team *ae_team_create(int nthreads) {
     int error = 0;
     for (int i = 0; i < nthreads; i++) {
         char *own = team->scratch + AE_SCRATCH * (size_t)i;
-        team->members[i].view = (ae_thread){.tid = i, .nthreads = nthreads, .team = team, .scratch = own};
+        team->members_of[i].view = (ae_thread){.index = i, .team = team, .scratch = own};
     }
     for (team->started = 1; team->started < nthreads; team->started++) {
-        member *m = &team->members[team->started];
+        member *m = &team->members_of[team->started];
         error = pthread_create(&m->pthread, NULL, thread_main, &m->view);
         if (error) break;
         char name[16];
@@ -134,12 +242,8 @@ ae_team *ae_team_create(int nthreads) {
 
 void ae_team_destroy(ae_team *team) {
     if (getpid() == team->owner) {
-        /* The caller stands in for threads that could not be created. */
-        unsigned generation;
-        for (int i = team->started; i < team->nthreads; i++)
-            ae_meeting_arrive(&team->meeting, team->nthreads, &generation);
-        run(team, NULL, NULL);
-        for (int i = 1; i < team->started; i++) pthread_join(team->members[i].pthread, NULL);
+        run(team, team->nthreads, NULL, NULL);
+        for (int i = 1; i < team->started; i++) pthread_join(team->members_of[i].pthread, NULL);
     }
     munmap(team->scratch, AE_SCRATCH * (size_t)team->nthreads);
     free(team);

@@ -36,6 +36,10 @@ cdef extern from "cpu/quantized.h" nogil:
     int64_t ae_row8_bytes(int64_t k, int64_t group)
 
 
+cdef extern from "cpu/rotate.h" nogil:
+    int64_t ae_rotation_norm(int64_t k)
+
+
 PANEL = AE_PANEL
 WHOLE = AE_WHOLE
 WHOLE16 = AE_WHOLE16
@@ -93,6 +97,13 @@ def quantized_row_bytes(int64_t k, int64_t group):
         raise ValueError(f"the width must not be negative, got {k}")
     _check_group(group, k, "quantized rows")
     return ae_row8_bytes(k, group)
+
+
+def rotation_norm(int64_t k):
+    """By how much products of two rotated rows of `k` exceed those of the rows (cpu/rotate.h)."""
+    if k < 1:
+        raise ValueError(f"the width must be positive, got {k}")
+    return ae_rotation_norm(k)
 
 
 # The `enum ae_dtype` of a packed weight, after checking that its groups suit it.

@@ -87,6 +87,39 @@ def test_callers_on_several_threads_take_turns() -> None:
         assert (x == np.roll(np.arange(96), 500) + 500).all()
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a processor for each thread")
+def test_short_programs_do_not_wait_for_a_thread_without_a_processor() -> None:
+    """It is late for ever: another process keeps its processor busy. Waited for at every op, it would take minutes;
+    now and then it comes in, at whatever op, or when the program is over."""
+    before = set(tasks())
+    team = cpu.Team(2)
+    (late,) = set(tasks()) - before
+    program, x, held = chain(team, 160, 30, 3)
+    large, y, held_too = chain(team, 160, 2, 100)
+    free, busy, *_ = allowed = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(late, [busy])
+    os.sched_setscheduler(late, os.SCHED_IDLE, os.sched_param(0))
+    burner = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        os.sched_setaffinity(burner.pid, [busy])
+        os.sched_setaffinity(0, [free])
+        start = time.monotonic()
+        for i in range(1, 3001):
+            program.run(step_of(3))
+            assert (x == np.roll(np.arange(160), 30 * i) + 30 * i).all()
+        assert time.monotonic() - start < 30
+    finally:
+        burner.kill()
+        burner.wait()
+        os.sched_setaffinity(0, allowed)
+    for i in range(1, 101):
+        large.run(step_of(100))
+        program.run(step_of(3))
+        assert (y == np.roll(np.arange(160), 2 * i) + 2 * i).all()
+    assert (x == np.roll(np.arange(160), 30 * 3100) + 30 * 3100).all()
+    del held, held_too
+
+
 def test_threads_are_named_block_signals_and_end() -> None:
     before = set(tasks())
     team = cpu.Team(3)

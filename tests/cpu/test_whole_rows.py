@@ -35,7 +35,9 @@ def rotation(k: int) -> np.ndarray:
 
 
 def norm_of(k: int) -> float:
-    return float(np.square(rotation(k)[0]).sum())
+    norm = float(np.square(rotation(k)[0]).sum())
+    assert cpu.rotation_norm(k) == round(norm)
+    return norm
 
 
 def padded(k: int) -> int:

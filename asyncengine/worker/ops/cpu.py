@@ -13,7 +13,7 @@ from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 from asyncengine._fast import cpu
-from asyncengine._fast.cpu import head_bytes, quantized_row_bytes
+from asyncengine._fast.cpu import head_bytes, quantized_row_bytes, rotation_norm
 
 from ...checkpoint.spec import KVDType, ModelSpec
 from ..models.parameters import Embedding, Linear, Vector
@@ -254,7 +254,10 @@ class Recorder:
             *(*place.heads, head_dim, group, place.block_size, kv_type, window),
             *(place.workspace_bytes, place.kv_stride),
         )
-        self._add(Code.ATTENTION, out, addresses, sizes, (head_dim**-0.5,))
+        scale = head_dim**-0.5
+        if place.kv_dtype == "int8":  # queries and keys are rotated there
+            scale /= rotation_norm(head_dim)
+        self._add(Code.ATTENTION, out, addresses, sizes, (scale,))
         return out
 
     def select(self, x: Handle) -> Handle:
