@@ -31,6 +31,7 @@ OPERATION_BYTES: int
 PANEL: int
 WHOLE: int
 WHOLE16: int
+ROUNDED: int
 MOST_WHOLE: int
 MOST_WHOLE16: int
 F16: int

@@ -5,12 +5,13 @@
  * threads: results are bitwise the same for a row alone and in a batch. (A sum that leaves the registers
  * between blocks of k is stored as float32, which is exact.)
  *
- * Levels avx512bf16 and neonbf16, bf16 weights: x is rounded to bf16 and the processor's dot product of pairs
- * is used, with its own rounding; elsewhere bf16 and f16 weights are widened and everything is float32.
+ * Levels avx512bf16 and neonbf16, bf16 weights: x is rounded to bf16, unless it comes so, and the processor's dot
+ * product of pairs is used, with its own rounding; elsewhere bf16 and f16 weights are widened and everything is float32.
  * At level amx bf16 weights do not come here (impl_amx.h).
  */
 #pragma once
 #include "cpu.h"
+#include "impl_quantize.h"
 #include "linear.h"
 #include "simd.h"
 #include "tile.h"
@@ -157,11 +158,7 @@ static const tile_fn tiles_of[TILE_ROWS][3] = {UP_TO(TILE_ROWS, ENTRY)};
 /* x [rows, k] as bf16, an odd k padded with a zero; `stride` in elements. */
 static void to_bf16(uint16_t *out, int64_t stride, const float *x, int64_t x_stride, int64_t rows,
                     int64_t k) {
-    for (int64_t m = 0; m < rows; m++, out += stride, x += x_stride) {
-        int64_t i = 0;
-        for (; i + W <= k; i += W) bf16_put(out + i, vf_load(x + i));
-        if (i < k) vf_store_bf16_n(out + i, vf_load_n(x + i, (int)(k - i)), (int)(k - i + 1) & ~1);
-    }
+    for (int64_t m = 0; m < rows; m++) round_run(out + m * stride, x + m * x_stride, k);
 }
 #endif
 
@@ -219,10 +216,14 @@ static void float_chunk(linear *l, int64_t row, int64_t rows, int64_t panel, int
      * block of k, so that its x stays in the L2 cache. */
     int by_panels = is_small(l);
 #if defined(BF16_DOT)
-    const int convert = l->type == AE_BF16;
+    const int convert = l->type == AE_BF16 && !l->rounded;
     const int64_t pairs = (k + 1) & ~(int64_t)1;
     const int whole = rows * pairs * 2 <= CONVERTED_BYTES;
-    if (convert) {
+    if (l->rounded) {
+        x_bytes = 2;
+        all.x_stride = ae_row8_bytes(k, AE_ROUNDED);
+        all.x = l->x + row * all.x_stride;
+    } else if (convert) {
         x_bytes = 2;
         all.x_stride = pairs * 2;
         if (whole) {

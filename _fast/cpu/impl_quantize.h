@@ -1,4 +1,4 @@
-/* float32 rows to quantized rows (quantized.h). A group is rounded by itself: whoever computes whole groups
+/* float32 rows to quantized and rounded rows (quantized.h). A group is rounded by itself: whoever computes whole groups
  * of a row may write them. */
 #pragma once
 #include "impl_rotate.h"
@@ -136,11 +136,25 @@ AE_INLINE void quantize_run(int8_t *row8, const float *x, int64_t k, int64_t beg
     if (at < end) quantize_group(row8 + at, scales + g, sums + g, x + at - begin, end - at, group);
 }
 
-/* Columns [begin, end) of a row of k columns, whole groups (the row's last one may be short). `row8` is the
+/* x [n] in bfloat16, a zero behind an odd end. */
+static void round_run(uint16_t *out, const float *x, int64_t n) {
+    int64_t i = 0;
+#if defined(BF16_DOT)
+    for (; i + W <= n; i += W) bf16_put(out + i, vf_load(x + i));
+#endif
+    for (; i < n; i += W) {
+        const int left = n - i < W ? (int)(n - i) : W;
+        vf_store_bf16_n(out + i, vf_load_n(x + i, left), (left + 1) & ~1);
+    }
+}
+
+/* Columns [begin, end) of a row of k columns, whole groups (the row's last one may be short), or pairs. `row8` is the
  * start of the row, `x` the value of column `begin`. */
 static inline void quantize_groups(int8_t *row8, const float *x, int64_t k, int64_t group, int64_t begin,
                                    int64_t end) {
-    if (group == 32)
+    if (group == AE_ROUNDED)
+        round_run((uint16_t *)row8 + begin, x, end - begin);
+    else if (group == 32)
         quantize_run(row8, x, k, begin, end, 32);
     else if (group == 64)
         quantize_run(row8, x, k, begin, end, 64);

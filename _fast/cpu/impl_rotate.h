@@ -15,13 +15,25 @@ AE_INLINE void hadamard_of(vf *a, const int f) {
             }
 }
 
+/* The cosines and sines of (i + 1)(j + 1) / f of a turn, i, j < f / 2, at j * (f / 2) + i. */
+typedef struct turns {
+    float cosine[AE_MOST_FACTOR / 2 * (AE_MOST_FACTOR / 2)], sine[AE_MOST_FACTOR / 2 * (AE_MOST_FACTOR / 2)];
+} turns;
+
+AE_INLINE void find_turns(turns *t, const int f) {
+    const int half = f / 2;
+    for (int j = 0; j < half; j++)
+        for (int i = 0, at = j + 1; i < half; i++, at = at + j + 1 < f ? at + j + 1 : at + j + 1 - f) {
+            t->cosine[j * half + i] = ae_cos[f][at];
+            t->sine[j * half + i] = ae_sin[f][at];
+        }
+}
+
 /* Hartley's transform of a[0 .. f), f odd: a_i and a_(f-i) meet the same cosines, and sines of other signs; so do
  * the results j and f - j. */
-AE_INLINE void hartley_of(vf *a, const int f) {
-    enum { MOST = AE_MOST_FACTOR / 2 };
+AE_INLINE void hartley_of(vf *a, const int f, const turns *t) {
     const int half = f / 2;
-    const float *cosine = ae_cos[f], *sine = ae_sin[f];
-    vf sum[MOST], difference[MOST], first = a[0], all = a[0];
+    vf sum[AE_MOST_FACTOR / 2], difference[AE_MOST_FACTOR / 2], first = a[0], all = a[0];
     EACH(i, half) {
         sum[i] = vf_add(a[1 + i], a[f - 1 - i]);
         difference[i] = vf_sub(a[1 + i], a[f - 1 - i]);
@@ -30,25 +42,25 @@ AE_INLINE void hartley_of(vf *a, const int f) {
     a[0] = all;
     EACH(j, half) {
         vf even = first, odd = vf_zero();
-        for (int i = 0, at = j + 1; i < half; i++, at = at + j + 1 < f ? at + j + 1 : at + j + 1 - f) {
-            even = vf_fma(vf_set(cosine[at]), sum[i], even);
-            odd = vf_fma(vf_set(sine[at]), difference[i], odd);
+        EACH(i, half) {
+            even = vf_fma(vf_set(t->cosine[j * half + i]), sum[i], even);
+            odd = vf_fma(vf_set(t->sine[j * half + i]), difference[i], odd);
         }
         a[1 + j] = vf_add(even, odd);
         a[f - 1 - j] = vf_sub(even, odd);
     }
 }
 
-AE_INLINE void factor_of(vf *a, const int f) {
+AE_INLINE void factor_of(vf *a, const int f, const turns *t) {
     if (f == 9) {
-        EACH(i, 3) hartley_of(a + 3 * i, 3);
+        EACH(i, 3) hartley_of(a + 3 * i, 3, t);
         EACH(i, 3) {
             vf b[3] = {a[i], a[i + 3], a[i + 6]};
-            hartley_of(b, 3);
+            hartley_of(b, 3, t);
             EACH(j, 3) a[i + 3 * j] = b[j];
         }
     } else if (f % 2) {
-        hartley_of(a, f);
+        hartley_of(a, f, t);
     } else {
         hadamard_of(a, f);
     }
@@ -57,17 +69,19 @@ AE_INLINE void factor_of(vf *a, const int f) {
 /* The transform of a factor f of k: over values that lie `stride` apart, `stride` times for every f * stride. */
 AE_INLINE void rotate_by(float *x, int64_t k, int64_t stride, const int f) {
     vf a[AE_MOST_FACTOR];
+    turns t;
+    if (f % 2) find_turns(&t, f == 9 ? 3 : f);
     for (float *run = x; run < x + k; run += f * stride) {
         int64_t c = 0;
         for (; c + W <= stride; c += W) {
             EACH(i, f) a[i] = vf_load(run + i * stride + c);
-            factor_of(a, f);
+            factor_of(a, f, &t);
             EACH(i, f) vf_store(run + i * stride + c, a[i]);
         }
         if (c < stride) {
             const int n = (int)(stride - c);
             EACH(i, f) a[i] = vf_load_n(run + i * stride + c, n);
-            factor_of(a, f);
+            factor_of(a, f, &t);
             EACH(i, f) vf_store_n(run + i * stride + c, a[i], n);
         }
     }

@@ -5,12 +5,12 @@
 #include "quantized.h"
 
 typedef struct linear {
-    const char *x;      /* [m, k] float32, or quantized rows for quantized weights */
+    const char *x;      /* [m, k] float32, or quantized rows for quantized weights, or rounded rows */
     const char *weight; /* [n, k], packed */
     const float *bias;  /* [n], or NULL; added by the frame, not by the chunk kernels */
     int64_t m, n, k;
     int64_t group; /* of quantized weights */
-    int type, minimum;
+    int type, minimum, rounded;
     int64_t panels; /* of 32 columns: n rounded up, for a gated pair each half of n rounded up */
     const void *prepared; /* by prepare_quantized; NULL: nothing */
     int64_t converted;    /* the row from which on the scratch holds an item's x as bf16; -1: none */

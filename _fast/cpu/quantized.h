@@ -40,12 +40,16 @@
  * The product, K at most AE_MOST_WHOLE16, leaves out low parts times low parts, some 2^-13 of the rest:
  *     y = (254 (float)(h_w h_x) + (float)(h_w l_x + l_w h_x)) * (254 d scale)
  * with products like those above. It stands in for bfloat16, of which values have 8 bits.
+ *
+ * Rounded rows (AE_ROUNDED) are activations for weights of bfloat16, where the processor multiplies such: bf16 x[K],
+ * a zero behind the last of an odd K, padding to 64 bytes.
  */
 #pragma once
 #include "cpu.h"
 
 #define AE_WHOLE (-1)
 #define AE_WHOLE16 (-2)
+#define AE_ROUNDED (-3)
 /* Sums of this many products of 8 bits fit 32, and a row as floats half of a thread's scratch. Of pairs, half. */
 #define AE_MOST_WHOLE ((int64_t)(AE_SCRATCH / 2 / sizeof(float)))
 #define AE_MOST_WHOLE16 (AE_MOST_WHOLE / 2)
@@ -53,7 +57,7 @@
 #define AE_HIGH 254
 #define AE_MOST16 (127 * AE_HIGH + 126)
 
-static inline int ae_is_whole(int64_t group) { return group < 0; }
+static inline int ae_is_whole(int64_t group) { return group == AE_WHOLE || group == AE_WHOLE16; }
 
 /* Columns of a group. */
 static inline int64_t ae_group_width(int64_t k, int64_t group) {
@@ -67,8 +71,9 @@ static inline int64_t ae_groups(int64_t k, int64_t group) {
 /* Bytes of a code. */
 static inline int64_t ae_parts(int64_t group) { return group == AE_WHOLE16 ? 2 : 1; }
 
-/* Bytes of one quantized row. */
+/* Bytes of one quantized row, or rounded one. */
 static inline int64_t ae_row8_bytes(int64_t k, int64_t group) {
+    if (group == AE_ROUNDED) return ((k + 1) / 2 * 4 + 63) / 64 * 64;
     return (ae_groups(k, group) * (ae_parts(group) * (ae_group_width(k, group) + 4) + 4) + 63) / 64 * 64;
 }
 

@@ -31,7 +31,7 @@ cdef extern from "cpu/pack.h" nogil:
 
 cdef extern from "cpu/quantized.h" nogil:
     enum:
-        AE_WHOLE, AE_WHOLE16
+        AE_WHOLE, AE_WHOLE16, AE_ROUNDED
     int64_t AE_MOST_WHOLE, AE_MOST_WHOLE16
     int64_t ae_row8_bytes(int64_t k, int64_t group)
 
@@ -43,6 +43,7 @@ cdef extern from "cpu/rotate.h" nogil:
 PANEL = AE_PANEL
 WHOLE = AE_WHOLE
 WHOLE16 = AE_WHOLE16
+ROUNDED = AE_ROUNDED
 MOST_WHOLE = AE_MOST_WHOLE
 MOST_WHOLE16 = AE_MOST_WHOLE16
 _SOURCE_TYPES = {
@@ -92,10 +93,11 @@ cdef int _check_group(int64_t group, int64_t k, str what) except -1:
 
 
 def quantized_row_bytes(int64_t k, int64_t group):
-    """Bytes of a quantized row of `k` activations."""
+    """Bytes of a quantized row of `k` activations, or of a rounded one (group ROUNDED)."""
     if k < 0:
         raise ValueError(f"the width must not be negative, got {k}")
-    _check_group(group, k, "quantized rows")
+    if group != AE_ROUNDED:
+        _check_group(group, k, "quantized rows")
     return ae_row8_bytes(k, group)
 
 

@@ -89,8 +89,8 @@ def test_callers_on_several_threads_take_turns() -> None:
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a processor for each thread")
 def test_short_programs_do_not_wait_for_a_thread_without_a_processor() -> None:
-    """Another process keeps its processor busy: with waiting for it at every op this would take minutes. Now and
-    then it comes in, at whatever op, or when the program is over."""
+    """Another process keeps its processor busy: with waiting for it at every op this would take minutes. Now
+    and then it comes in, at whatever op, or when the program is over."""
     before = set(tasks())
     team = cpu.Team(2)
     (late,) = set(tasks()) - before

@@ -3,8 +3,9 @@
 While the model runs once over these ops, nothing is computed: tensors are handles of buffers, and every
 call appends an operation (`_fast/cpu/cpu.h` draws their fields). A step replays the list.
 
-Quantized linears read quantized rows. The operation that makes a tensor writes them too, into a second
-buffer of the handle; where nobody reads the float32 values, these are not written at all.
+Quantized linears read quantized rows, and those of bfloat16 rounded rows where the processor multiplies
+such. The operation that makes a tensor writes them too, into a second buffer of the handle; where nobody
+reads the float32 values, these are not written at all.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 from asyncengine._fast import cpu
-from asyncengine._fast.cpu import head_bytes, quantized_row_bytes, rotation_norm
+from asyncengine._fast.cpu import ROUNDED, head_bytes, quantized_row_bytes, rotation_norm
 
 from ...checkpoint.spec import KVDType, ModelSpec
 from ..models.parameters import Embedding, Linear, Vector
@@ -85,7 +86,7 @@ class Weights(Protocol):
     """Where the loaded parameters are."""
 
     group: int
-    """Group size of the quantized rows that linears read; 0 where none does."""
+    """Group size of the quantized rows that linears read, or ROUNDED; 0 where all read float32."""
 
     def vector(self, parameter: Vector) -> int:
         """Address of its float32 values."""
@@ -292,6 +293,8 @@ class Recorder:
     ) -> None:
         packed = self._place.weights.packed(weight)
         dtype, group, minimum = packed.format
+        if self._place.weights.group == ROUNDED:
+            group = ROUNDED
         source = self._quantized(x, group) if group else self._read(x)
         if mode is Mode.GATED:
             p4 = out.row8
@@ -305,7 +308,7 @@ class Recorder:
         """Group size with which a thread can quantize its part of a row, a multiple of `width`; 0 if it
         cannot, and the row is quantized when all of it is there."""
         group = self._place.weights.group
-        return 0 if group < 0 or (group and width % group) else group
+        return group if group == ROUNDED or (group > 0 and width % group == 0) else 0
 
     def _quantized(self, x: Handle, group: int) -> int:
         """Address of the quantized rows of `x`, made here if its own operation did not."""

@@ -11,7 +11,7 @@ from ...checkpoint.spec import DType
 from ...checkpoint.tensor import Checkpoint, Coding, TensorView
 from ..models.parameters import Embedding, Linear, Parameter, Source, Vector
 from .cpu import Packed
-from .weight_format import WeightFormat, choose_formats
+from .weight_format import WeightFormat, choose_formats, rows_of
 
 __all__ = ["CpuWeights", "stored_part"]
 
@@ -35,8 +35,7 @@ class CpuWeights:
         self._team = team
         weights = [p for p in parameters if not isinstance(p, Vector)]
         self._formats = choose_formats(weights, quantization, dtype, checkpoint.tensor, team.level)
-        self.group = next((format.group for format in self._formats.values() if format.group), 0)
-        """Group size of quantized rows; all quantized weights of a model have the same. 0: there are none."""
+        self.group = rows_of(self._formats.values(), team.level)
         heads = {p.sources: p for p in parameters if isinstance(p, Linear) and p.is_head}
         self._shared = {
             p: heads[(p.source,)] for p in parameters if isinstance(p, Embedding) and (p.source,) in heads

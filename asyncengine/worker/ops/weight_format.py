@@ -4,14 +4,14 @@ import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from asyncengine._fast.cpu import MOST_WHOLE16, WHOLE, WHOLE16, source_format
+from asyncengine._fast.cpu import MOST_WHOLE16, ROUNDED, WHOLE, WHOLE16, source_format
 
 from ...checkpoint.spec import DType
 from ...checkpoint.tensor import TensorView
 from ...errors import ConfigError, ModelLoadError
 from ..models.parameters import Embedding, Linear, Source
 
-__all__ = ["WeightFormat", "choose_formats"]
+__all__ = ["WeightFormat", "choose_formats", "rows_of"]
 
 STORED_GROUP = 32
 """Block size of GGUF's types, or that of their parts."""
@@ -38,6 +38,8 @@ PAIRS = WeightFormat("Q16", WHOLE16)
 """Of linears in bfloat16 at PAIRS_LEVELS: 16 bits as well, multiplied as pairs of bytes, and more exact."""
 PAIRS_LEVELS = {"avx512vnni"}
 """Instruction sets without products of bfloat16, and with those of bytes four times as fast as of floats."""
+ROUNDED_LEVELS = {"avx512bf16", "neonbf16"}
+"""Instruction sets with products of bfloat16, to which whoever makes activations can round them."""
 FORMATS = {"int8": WeightFormat("Q8", WHOLE), "int4": WeightFormat("Q4", WHOLE)}
 """Of the linears under `quantization`. Tables and heads are 8 bits wide under both: a wrong choice among
 many close tokens costs more than their memory."""
@@ -63,6 +65,15 @@ def choose_formats(
     formats = {weight: _kept([(s, stored(s.name)) for s in _sources(weight)], dtype) for weight in weights}
     group = math.gcd(*(format.group for format in formats.values()))
     return {w: format._replace(group=group) if format.group else format for w, format in formats.items()}
+
+
+def rows_of(formats: Iterable[WeightFormat], level: str) -> int:
+    """The rows that the linears of a model read besides float32 ones: the group size of quantized rows, which
+    all quantized weights of a model share, or ROUNDED where all weights are in bfloat16; 0: none."""
+    formats = list(formats)
+    if level in ROUNDED_LEVELS and all(format == PLAIN["bfloat16"] for format in formats):
+        return ROUNDED
+    return next((format.group for format in formats if format.group), 0)
 
 
 def _sources(weight: Linear | Embedding) -> tuple[Source, ...]:
