@@ -6,7 +6,8 @@
  * between blocks of k is stored as float32, which is exact.)
  *
  * Levels avx512bf16 and neonbf16, bf16 weights: x is rounded to bf16, unless it comes so, and the processor's dot
- * product of pairs is used, with its own rounding; elsewhere bf16 and f16 weights are widened and everything is float32.
+ * product of pairs is used, with its own rounding; elsewhere bf16 and f16 weights are widened and everything is
+ * float32.
  * At level amx bf16 weights do not come here (impl_amx.h).
  */
 #pragma once

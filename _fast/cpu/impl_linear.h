@@ -107,8 +107,9 @@ AE_INLINE int next_item(item *it, const linear *l, cut *c, const ae_thread *thre
         if (is_small(l)) {
             const share s = share_of(l, c, owner, thread);
             const int64_t items = (s.stop - s.panel + c->chunk_panels - 1) / c->chunk_panels;
-            if (!is_helped(l) && (owner != thread->tid || c->taken == items)) return 0;
-            const int64_t i = is_helped(l) ? ae_take(thread, owner, items) : c->taken++;
+            int64_t i = -1;
+            if (is_helped(l)) i = ae_take(thread, owner, items);
+            else if (owner == thread->tid && c->taken < items) i = c->taken++;
             if (i < 0) continue;
             *it = (item){.rows = l->m, .panel = s.panel + i * c->chunk_panels};
             stop = s.stop;

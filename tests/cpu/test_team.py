@@ -73,6 +73,27 @@ def test_every_op_sees_all_of_the_one_before(threads: int, rounds: int, rows: in
     del held
 
 
+@pytest.mark.timeout(60, method="thread")
+@pytest.mark.parametrize("threads", [4, 7])
+def test_threads_that_sleep_at_every_meeting_are_woken(threads: int) -> None:
+    """With fewer processors than threads nobody spins, and threads come late to most programs."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(allowed)[:2])
+    try:
+        team = cpu.Team(threads)
+        short, x, held = chain(team, 64, 6, 3)
+        large, y, held_too = chain(team, 64, 2, 100)
+        for i in range(1, 4001):
+            short.run(step_of(3))
+            assert (x == np.roll(np.arange(64), 6 * i) + 6 * i).all()
+            if i % 5 == 0:
+                large.run(step_of(100))
+        assert (y == np.roll(np.arange(64), 2 * 800) + 2 * 800).all()
+    finally:
+        os.sched_setaffinity(0, allowed)
+    del held, held_too
+
+
 def test_callers_on_several_threads_take_turns() -> None:
     team = cpu.Team(2)
     chains = [chain(team, 96, 10, 3) for _ in range(3)]
