@@ -110,13 +110,14 @@ def test_damaged_model_is_refused(load: Any, monkeypatch: pytest.MonkeyPatch, tm
 # ---- cpu_step.py
 
 
-def test_floor_of_a_cpu_step(load: Any) -> None:
+@pytest.mark.parametrize("rounded", [False, True])
+def test_floor_of_a_cpu_step(load: Any, rounded: bool) -> None:
     from asyncengine._fast import cpu
     from asyncengine.worker.ops.cpu import Code, Operation, Rows
 
     operations = [
         Operation(Code.EMBED, Rows.TOKENS, (), ()),
-        Operation(Code.LINEAR, Rows.TOKENS, (), (64, 96, cpu.BF16, 0, 0, 0, 0)),
+        Operation(Code.LINEAR, Rows.TOKENS, (), (64, 96, cpu.BF16, 0, cpu.ROUNDED if rounded else 0, 0, 0)),
         Operation(Code.ATTENTION, Rows.TOKENS, (), (4, 2, 16, 0, 32, cpu.F32, 0, 0, 0)),
         Operation(Code.HEAD, Rows.SAMPLES, (), (128, 96, cpu.F32, 0, 0, 0, 0)),
     ]
@@ -131,9 +132,10 @@ def test_floor_of_a_cpu_step(load: Any) -> None:
     assert floor.arithmetic == pytest.approx(2 * 6 * 64 * 96 / 8e3 + f32 / 4e3)
 
 
-def test_cpu_step_prints_best_and_median(demo_gguf: str) -> None:
+@pytest.mark.parametrize("format", [["--quantization", "int8"], ["--dtype", "bfloat16"]])
+def test_cpu_step_prints_best_and_median(demo_gguf: str, format: list[str]) -> None:
     """On the demo model, with few and small steps."""
-    command = [sys.executable, str(Path(FOLDER) / "cpu_step.py"), "--quantization", "int8", "--batch", "1"]
+    command = [sys.executable, str(Path(FOLDER) / "cpu_step.py"), *format, "--batch", "1"]
     command += ["--context", "8", "--prefill", "16", "--repeats", "3", "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     for name in ("decode 1", "prefill 16"):
