@@ -100,8 +100,7 @@ def work(operation: Operation, rows: list[tuple[int, int, int]]) -> tuple[int, s
     n = operation.n
     if operation.code in (Code.LINEAR, Code.HEAD):
         dtype = TYPES[n[2]]
-        group = 0 if n[4] == cpu.ROUNDED else n[4]  # of the activations, not of the weight
-        nbytes = cpu.packed_bytes(n[0], n[1], dtype, group, bool(n[5]))
+        nbytes = cpu.packed_bytes(n[0], n[1], dtype, n[4], bool(n[5]))
         tokens = len(rows) if operation.rows == Rows.SAMPLES else sum(count for _, _, count in rows)
         unit, products = UNITS[dtype]
         return nbytes, unit, products * 2 * tokens * n[0] * n[1]

@@ -117,7 +117,7 @@ def test_floor_of_a_cpu_step(load: Any, rounded: bool) -> None:
 
     operations = [
         Operation(Code.EMBED, Rows.TOKENS, (), ()),
-        Operation(Code.LINEAR, Rows.TOKENS, (), (64, 96, cpu.BF16, 0, cpu.ROUNDED if rounded else 0, 0, 0)),
+        Operation(Code.LINEAR, Rows.TOKENS, (), (64, 96, cpu.BF16, 0, 0, 0, 0, rounded)),
         Operation(Code.ATTENTION, Rows.TOKENS, (), (4, 2, 16, 0, 32, cpu.F32, 0, 0, 0)),
         Operation(Code.HEAD, Rows.SAMPLES, (), (128, 96, cpu.F32, 0, 0, 0, 0)),
     ]

@@ -49,14 +49,16 @@ enum ae_code {
      * Ids outside [n2, n2+n3) give zeros (another rank has them). */
     AE_EMBED,
     /* Where an op's output is read by quantized linears, p4 takes it as quantized rows of group n3
-     * (quantized.h; or rounded rows, n3 AE_ROUNDED), and p0 may be NULL; else p4 is NULL. So it is in AE_RMS_NORM, AE_SELECT and, for groups
-     * but not for whole rows, which many threads write, AE_LINEAR with AE_GATED and AE_ATTENTION.
+     * (quantized.h; n3 AE_ROUNDED: as rounded rows), and p0 may be NULL; else p4 is NULL. So it is in
+     * AE_RMS_NORM, AE_SELECT and, but not for whole rows, which many threads write, AE_LINEAR with AE_GATED and
+     * AE_ATTENTION.
      *
      * p0 out · p1 x · p2 weight f32 [H] · n0 H · f0 eps:  out = x / sqrt(mean(x^2) + eps) * weight */
     AE_RMS_NORM,
-    /* p0 out · p1 x [M,K], for quantized weights quantized rows of group n4, for those of bf16 maybe rounded
-     * rows, n4 AE_ROUNDED · p2 weight, packed (pack.h) · p3 bias f32 [N] or NULL · n0 N · n1 K · n2 weight type · n4 group size and n5 has-minimum of
-     * quantized weights · n6 mode (enum ae_mode):  y = x @ weight.T + bias */
+    /* p0 out · p1 x [M,K], for quantized weights quantized rows of group n4 · p2 weight, packed
+     * (pack.h) · p3 bias f32 [N] or NULL · n0 N · n1 K · n2 weight type · n4 group size and n5 has-minimum of
+     * quantized weights · n6 mode (enum ae_mode) · n7 whether x is rounded rows, for weights of bf16 at levels
+     * with BF16_DOT (simd.h) but AE_AMX:  y = x @ weight.T + bias */
     AE_LINEAR,
     /* p0 qkv f32 [T, (Hq + 2 Hk) D], rotated in place · p1 cos_sin f32 [positions, n3]: n3/2 cosines
      * then n3/2 sines · p2 K cache · p3 V cache: blocks of [Hk, block, D], n8 bytes from block to block;
@@ -82,7 +84,7 @@ enum ae_code {
     AE_ALL_GATHER,
     /* p4 quantized rows of group n3 · p1 x f32 [M,K] · n0 K */
     AE_QUANTIZE,
-    /* p0 logits f32 [M,N] · p1, p2, p3, n0 N, n1, n2, n4, n5 as in AE_LINEAR · p4 ae_best [threads][M]
+    /* p0 logits f32 [M,N] · p1, p2, p3, n0 N, n1, n2, n4, n5, n7 as in AE_LINEAR · p4 ae_best [threads][M]
      * (head.h), of which the first M are results · rows is AE_SAMPLES:  y = x @ weight.T + bias.
      * Row s is stored where head_k[s] < 1; else only the head_k[s] <= 64 best of y / head_temperature[s] are
      * kept, ties to the lower id. */

@@ -39,8 +39,8 @@ static linear linear_of(const ae_op *op, const ae_step *step) {
                 .n = op->n[0],
                 .k = op->n[1],
                 .type = (int)op->n[2],
-                .group = op->n[4] == AE_ROUNDED ? 0 : op->n[4],
-                .rounded = op->n[4] == AE_ROUNDED,
+                .group = op->n[4],
+                .rounded = (int)op->n[7],
                 .minimum = (int)op->n[5],
                 .converted = -1};
     const int64_t halves = op->n[6] == AE_GATED ? 2 : 1;

@@ -35,22 +35,10 @@ AE_INLINE void narrow_row(int type, void *cache, int64_t first, const float *x, 
 
 /* n <= MAX_DIM values as codes with one scale (attention.h). */
 static void quantize_values(int8_t *codes, float *scale, const float *x, int64_t n) {
-    int8_t staged[MAX_DIM];
-    vi peaks = peak_zero();
-    for (int64_t i = 0; i < n; i += W) peaks = peak_max(peaks, load_as(AE_F32, x, i, n - i));
-    const int32_t bits = peak_of(peaks);
-    const float peak = ae_bits_f32((uint32_t)bits);
-    const int infinite = bits >= 0x7F800000;
-    if (infinite || peak < 0x1p-120f) {
-        memset(codes, 0, (size_t)n);
-        *scale = infinite ? NAN : 0.0f;
-        return;
-    }
-    const vf inverse = vf_set(127.0f / peak);
-    for (int64_t i = 0; i < n; i += W)
-        store_codes(staged + i, to_codes(vf_mul(load_as(AE_F32, x, i, n - i), inverse)));
+    int8_t staged[MAX_DIM]; /* whole vectors, behind which others' codes would lie */
+    int32_t sum;
+    quantize_group(staged, scale, &sum, x, n, ae_group_width(n, AE_WHOLE));
     memcpy(codes, staged, (size_t)n);
-    *scale = peak / 127.0f;
 }
 
 /* Row number `row` of the Hk * block rows of a cache block, D elements each. */

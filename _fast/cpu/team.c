@@ -27,7 +27,7 @@ struct ae_team {
     _Alignas(64) atomic_ullong door;
     /* Of the op: how many run it, and where those of them begin who came last. Written before the meeting is
      * opened, by whoever opens it. */
-    _Alignas(64) atomic_int members;
+    _Alignas(64) atomic_int present;
     int64_t place;
     atomic_uint over; /* the number of the last job that is done */
     int nthreads;
@@ -38,7 +38,7 @@ struct ae_team {
     void *arg;
     char *scratch;
     pthread_mutex_t busy;
-    member members_of[];
+    member members[];
 };
 
 #define ALL UINT32_MAX
@@ -59,7 +59,14 @@ static void take_part(ae_thread *thread, int members) {
     thread->tid = members == thread->team->nthreads ? thread->index : thread->order;
 }
 
-/* Opens the meeting of an op, or of a job's end. */
+/* Arrives. The last one of so many is told at once, with 1, and must open the meeting; the others when it is open. */
+static int arrives_last(ae_team *team, int parties) {
+    unsigned generation;
+    if (ae_meeting_arrive(&team->meeting, parties, &generation)) return 1;
+    ae_meeting_wait(&team->meeting, generation, team->spin, 0);
+    return 0;
+}
+
 static void open_meeting(ae_team *team) {
     /* Not written where nobody took: the line may be another's. */
     if (atomic_load_explicit(&team->next, memory_order_relaxed))
@@ -68,40 +75,27 @@ static void open_meeting(ae_team *team) {
 }
 
 void ae_barrier(const ae_thread *thread) {
-    ae_team *team = thread->team;
-    unsigned generation;
-    if (ae_meeting_arrive(&team->meeting, thread->nthreads, &generation))
-        open_meeting(team);
-    else
-        ae_meeting_wait(&team->meeting, generation, team->spin, 0);
+    if (arrives_last(thread->team, thread->nthreads)) open_meeting(thread->team);
 }
 
 void ae_next_op(ae_thread *thread, int64_t next) {
     ae_team *team = thread->team;
-    unsigned generation;
-    if (ae_meeting_arrive(&team->meeting, thread->nthreads, &generation)) {
+    if (arrives_last(team, thread->nthreads)) {
         const int members = come(team);
         if (members != thread->nthreads) {
             team->place = next;
-            atomic_store_explicit(&team->members, members, memory_order_release);
+            atomic_store_explicit(&team->present, members, memory_order_release);
         }
         open_meeting(team);
-    } else {
-        ae_meeting_wait(&team->meeting, generation, team->spin, 0);
     }
-    take_part(thread, atomic_load_explicit(&team->members, memory_order_acquire));
+    take_part(thread, atomic_load_explicit(&team->present, memory_order_acquire));
 }
 
 /* The meeting at the end of a job. Afterwards nobody is let in. */
 static void end_job(ae_team *team, uint32_t number) {
-    unsigned generation;
-    const int members = atomic_load_explicit(&team->members, memory_order_relaxed);
-    if (ae_meeting_arrive(&team->meeting, members, &generation)) {
-        atomic_store_explicit(&team->over, number, memory_order_release);
-        open_meeting(team);
-    } else {
-        ae_meeting_wait(&team->meeting, generation, team->spin, 0);
-    }
+    if (!arrives_last(team, atomic_load_explicit(&team->present, memory_order_relaxed))) return;
+    atomic_store_explicit(&team->over, number, memory_order_release);
+    open_meeting(team);
 }
 
 int64_t ae_next(const ae_thread *thread, int64_t total, int64_t chunk) {
@@ -110,7 +104,7 @@ int64_t ae_next(const ae_thread *thread, int64_t total, int64_t chunk) {
 }
 
 int64_t ae_take(const ae_thread *thread, int owner, int64_t total) {
-    atomic_ullong *taken = &thread->team->members_of[owner].taken;
+    atomic_ullong *taken = &thread->team->members[owner].taken;
     const unsigned long long now =
         (unsigned long long)atomic_load_explicit(&thread->team->meeting.generation, memory_order_relaxed) << 32;
     unsigned long long was = atomic_load_explicit(taken, memory_order_relaxed);
@@ -136,7 +130,7 @@ static int is_let_in(ae_team *team, ae_thread *view, uint32_t number) {
     for (;;) {
         const unsigned generation = atomic_load_explicit(&team->meeting.generation, memory_order_acquire);
         /* In this order: the members of a later job are set after `over`. */
-        const int members = atomic_load_explicit(&team->members, memory_order_acquire);
+        const int members = atomic_load_explicit(&team->present, memory_order_acquire);
         if ((int32_t)(atomic_load_explicit(&team->over, memory_order_acquire) - number) >= 0) return 0;
         if (members > view->order) {
             take_part(view, members);
@@ -166,13 +160,13 @@ static void *thread_main(void *arg) {
 
 /* On `members` threads from the beginning: all of them, or the caller alone, whom others join. */
 static void run(ae_team *team, int members, ae_job job, void *arg) {
-    ae_thread *caller = &team->members_of[0].view;
+    ae_thread *caller = &team->members[0].view;
     const uint32_t number = number_of(atomic_load_explicit(&team->door, memory_order_relaxed)) + 1;
     team->job = job;
     team->arg = arg;
     team->place = 0;
     take_part(caller, members);
-    atomic_store_explicit(&team->members, members, memory_order_release);
+    atomic_store_explicit(&team->present, members, memory_order_release);
     const unsigned long long count = members == team->nthreads ? ALL : 0;
     atomic_store_explicit(&team->door, (unsigned long long)number << 32 | count, memory_order_release);
     ae_meeting_open(&team->meeting, 0);
@@ -221,10 +215,10 @@ ae_team *ae_team_create(int nthreads) {
     int error = 0;
     for (int i = 0; i < nthreads; i++) {
         char *own = team->scratch + AE_SCRATCH * (size_t)i;
-        team->members_of[i].view = (ae_thread){.index = i, .team = team, .scratch = own};
+        team->members[i].view = (ae_thread){.index = i, .team = team, .scratch = own};
     }
     for (team->started = 1; team->started < nthreads; team->started++) {
-        member *m = &team->members_of[team->started];
+        member *m = &team->members[team->started];
         error = pthread_create(&m->pthread, NULL, thread_main, &m->view);
         if (error) break;
         char name[16];
@@ -243,7 +237,7 @@ ae_team *ae_team_create(int nthreads) {
 void ae_team_destroy(ae_team *team) {
     if (getpid() == team->owner) {
         run(team, team->nthreads, NULL, NULL);
-        for (int i = 1; i < team->started; i++) pthread_join(team->members_of[i].pthread, NULL);
+        for (int i = 1; i < team->started; i++) pthread_join(team->members[i].pthread, NULL);
     }
     munmap(team->scratch, AE_SCRATCH * (size_t)team->nthreads);
     free(team);

@@ -116,6 +116,6 @@ def test_linears_of_rounded_rows_are_those_of_the_values_before(m: int, n: int, 
         weight = pack(team(level), w, "BF16")
         expected, got = np.zeros((2, m, n), np.float32)
         run(team(level, 2), cpu.LINEAR, [expected, x, weight.address, None], [n, k, cpu.BF16], num_tokens=m)
-        sizes = [n, k, cpu.BF16, 0, cpu.ROUNDED]
+        sizes = [n, k, cpu.BF16, 0, 0, 0, 0, 1]
         run(team(level, 2), cpu.LINEAR, [got, rows, weight.address, None], sizes, num_tokens=m)
         np.testing.assert_array_equal(got, expected)

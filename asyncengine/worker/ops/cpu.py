@@ -293,14 +293,14 @@ class Recorder:
     ) -> None:
         packed = self._place.weights.packed(weight)
         dtype, group, minimum = packed.format
-        if self._place.weights.group == ROUNDED:
-            group = ROUNDED
-        source = self._quantized(x, group) if group else self._read(x)
+        rounded = self._place.weights.group == ROUNDED
+        rows = ROUNDED if rounded else group
+        source = self._quantized(x, rows) if rows else self._read(x)
         if mode is Mode.GATED:
             p4 = out.row8
         sizes = (
             *(weight.out_features, weight.in_features, _TYPES[dtype], self._place.weights.group),
-            *(group, minimum, mode),
+            *(group, minimum, mode, rounded),
         )
         self._add(code, out, (source, packed.address, packed.bias, p4), sizes)
 
