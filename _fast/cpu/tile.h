@@ -7,7 +7,7 @@
 
 /* Vectors of weights, of so many, that are in registers at once besides the sums: one, or all, and then
  * EACH_HELD is no loop. */
-#if defined(AE_LEVEL_NEON)
+#if defined(AE_LEVEL_NEON) || defined(AE_LEVEL_AVX2)
 #define HELD(vectors) 1
 #define EACH_HELD(first, vectors) EACH(first, vectors)
 #else
