@@ -32,6 +32,7 @@ PANEL: int
 WHOLE: int
 WHOLE16: int
 ROUNDED: int
+COMPACT: int
 MOST_WHOLE: int
 MOST_WHOLE16: int
 F16: int
@@ -80,6 +81,16 @@ def pack_linear(
     panel_stride: int = 1,
     panel_offset: int = 0,
 ) -> None: ...
+def compact(
+    team: Team,
+    packed: ReadableBuffer | int,
+    n: int,
+    k: int,
+    dst: ReadableBuffer | int,
+    first: int = 0,
+    count: int | None = None,
+) -> int: ...
+def compact_bytes(weight: ReadableBuffer | int, n: int) -> int: ...
 def convert(
     team: Team,
     src_dtype: str,

@@ -100,7 +100,10 @@ def work(operation: Operation, rows: list[tuple[int, int, int]]) -> tuple[int, s
     n = operation.n
     if operation.code in (Code.LINEAR, Code.HEAD):
         dtype = TYPES[n[2]]
-        nbytes = cpu.packed_bytes(n[0], n[1], dtype, n[4], bool(n[5]))
+        if n[4] == cpu.COMPACT:
+            nbytes = cpu.compact_bytes(operation.p[2], n[0])
+        else:
+            nbytes = cpu.packed_bytes(n[0], n[1], dtype, n[4], bool(n[5]))
         tokens = len(rows) if operation.rows == Rows.SAMPLES else sum(count for _, _, count in rows)
         unit, products = UNITS[dtype]
         return nbytes, unit, products * 2 * tokens * n[0] * n[1]

@@ -45,7 +45,7 @@ typedef struct ae_step {
 
 enum ae_code {
     /* p0 out f32 [M,H] · p1 table of the ids [n2, n2+n3) · n0 H · n1 its type. n4 0: plain rows [n3, H];
-     * n4 1: a packed weight of N = n3, K = H, with n5 group size and n6 has-minimum where it is quantized.
+     * n4 1: a packed weight of N = n3, K = H, with n5 and n6 as n4 and n5 of AE_LINEAR.
      * Ids outside [n2, n2+n3) give zeros (another rank has them). */
     AE_EMBED,
     /* Where an op's output is read by quantized linears, p4 takes it as quantized rows of group n3
@@ -57,7 +57,7 @@ enum ae_code {
     AE_RMS_NORM,
     /* p0 out · p1 x [M,K], for quantized weights quantized rows of group n4 · p2 weight, packed
      * (pack.h) · p3 bias f32 [N] or NULL · n0 N · n1 K · n2 weight type · n4 group size and n5 has-minimum of
-     * quantized weights · n6 mode (enum ae_mode) · n7 whether x is rounded rows, for weights of bf16 at levels
+     * quantized weights, or n4 AE_COMPACT (compact.h) · n6 mode (enum ae_mode) · n7 whether x is rounded rows, for weights of bf16 at levels
      * with BF16_DOT (simd.h) but AE_AMX:  y = x @ weight.T + bias */
     AE_LINEAR,
     /* p0 qkv f32 [T, (Hq + 2 Hk) D], rotated in place · p1 cos_sin f32 [positions, n3]: n3/2 cosines

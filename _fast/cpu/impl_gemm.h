@@ -11,10 +11,11 @@
  * At level amx bf16 weights do not come here (impl_amx.h).
  */
 #pragma once
+#include "compact.h"
 #include "cpu.h"
 #include "impl_quantize.h"
 #include "linear.h"
-#include "simd.h"
+#include "simd_int.h"
 #include "tile.h"
 
 /* Rows of the largest tile that fits the registers. */
@@ -31,26 +32,63 @@
 #define BLOCK_K 512
 #if defined(BF16_DOT)
 #define LARGE_BLOCK_K 512
+#define X_BYTES 2 /* of a number of x that bf16 weights multiply */
 #else
 #define LARGE_BLOCK_K 256
+#define X_BYTES 4
+#endif
+
+enum { COMPACT = AE_F16 + 1 };
+
+/* Some k of a panel. */
+typedef struct block {
+    const char *w; /* its weights; of a compact panel the units */
+    int64_t k, bytes;
+    int type; /* enum ae_dtype of plain weights, or COMPACT, and then: */
+    int32_t unit;             /* which of the panel's units comes first, */
+    const int32_t *exception; /* the first exception that is not before it, and what that is, */
+    const char *plain;
+    const uint8_t *upper; /* and the panel's table */
+} block;
+
+/* Where a tile has few rows, several share a compact block that was spread to bf16 once, at the end of the thread's
+ * scratch; else each does that on its way, which its products hide. */
+#if TILE_ROWS < 12
+#define SPREADS
+#define SPREAD_BYTES (BLOCK_K * AE_PANEL * 2)
 #endif
 
 typedef struct tile {
-    const char *x;     /* row 0 at the first k of this block; bf16 in the dot-product kernels */
-    int64_t x_stride;  /* bytes */
-    const char *w;     /* the panel at the first k */
-    int64_t k;         /* length of the block */
+    const char *x;    /* row 0 at the first k of this block; bf16 in the dot-product kernels */
+    int64_t x_stride; /* bytes */
+    const block *block;
     float *out;
     int64_t out_stride;
-    int64_t columns;   /* that exist */
-    int resume;        /* sums continue from `out` */
+    int64_t columns; /* that exist */
+    int resume;      /* sums continue from `out` */
     ae_fetch *fetch;
-    int64_t every;     /* bytes of weights after which it is asked for more: other tiles read the same ones */
-    int64_t stretch;   /* k after which it is looked whether that is due */
+    int64_t every;   /* bytes of weights after which it is asked for more: other tiles read the same ones */
+    int64_t stretch; /* k after which it is looked whether that is due */
 } tile;
 
 /* `stretch` of a batch of one tile. */
 #define STRETCH 16
+
+/* Vector i of the first half of the columns, and of the second, of a pair of k of a unit. */
+typedef struct halves {
+    vi first, second;
+} halves;
+
+AE_INLINE halves compact_halves(const char *unit, vi upper, int pair, int i) {
+    const vi lower = vi_load(unit + pair * 64 + i * W * 4), both = vi_load(unit + 128 + i * W * 4);
+    const vi bytes = vi_choose(upper, pair ? vi_high_nibbles(both) : vi_low_nibbles(both));
+    return (halves){vi_zip_low(lower, bytes), vi_zip_high(lower, bytes)};
+}
+
+AE_INLINE halves plain_halves(const char *unit, int pair, int i) {
+    unit += pair * AE_PANEL * 4 + i * W * 4;
+    return (halves){vi_load(unit), vi_load(unit + AE_PANEL * 2)};
+}
 
 AE_INLINE void tile_run(const tile *t, const int type, const int rows) {
     const int held = HELD(PANEL_VECTORS);
@@ -63,14 +101,21 @@ AE_INLINE void tile_run(const tile *t, const int type, const int rows) {
         else
             sum[m][v] = exist >= W ? vf_load(out) : vf_load_n(out, (int)exist);
     }
-    const char *w = t->w;
+    const block *const read = t->block;
+    const char *w = read->w;
     const int64_t stride = t->x_stride;
     const char *x[] = ROW_BASES(t->x, stride);
-    const int64_t stretch_bytes = t->stretch * AE_PANEL * (type == AE_F32 ? 4 : 2);
+    const int64_t stretch_bytes = type == COMPACT ? t->stretch / AE_COMPACT_K * AE_COMPACT_UNIT
+                                                  : t->stretch * AE_PANEL * (type == AE_F32 ? 4 : 2);
+    const vi upper = type == COMPACT ? vi_table(read->upper) : (vi){0};
+    const int32_t *next = read->exception;
+    uintptr_t exception = type == COMPACT ? (uintptr_t)w + (uintptr_t)(*next - read->unit) * AE_COMPACT_UNIT : 0;
+    const char *plain = read->plain;
     ae_ahead ahead = {0};
     int64_t unread = 0;
-    for (int64_t left = t->k; left > 0;) {
-        ae_fetch_due(t->fetch, &ahead, &unread, stretch_bytes, t->every, rows == 1 || type != AE_BF16);
+    for (int64_t left = read->k; left > 0;) {
+        ae_fetch_due(t->fetch, &ahead, &unread, stretch_bytes, t->every,
+                     rows == 1 || (type != AE_BF16 && type != COMPACT));
         int64_t k = left < t->stretch ? left : t->stretch;
         left -= k;
         if (type == AE_F32 || type == AE_F16) {
@@ -87,6 +132,42 @@ AE_INLINE void tile_run(const tile *t, const int type, const int rows) {
                 NEXT_ROWS(x, rows, 4);
             }
             continue;
+        }
+        if (type == COMPACT) {
+            for (; k >= AE_COMPACT_K; k -= AE_COMPACT_K, w += AE_COMPACT_UNIT) {
+                const int is_exception = (uintptr_t)w == exception;
+                EACH(pair, 2) {
+                    if (rows > 1) ae_fetch_part(&ahead);
+                    EACH(i, PANEL_VECTORS / 2) {
+                        const halves b = __builtin_expect(is_exception, 0) ? plain_halves(plain, pair, i)
+                                                                          : compact_halves(w, upper, pair, i);
+                        enum { SECOND = PANEL_VECTORS / 2 };
+#if defined(BF16_DOT)
+                        EACH(m, rows) {
+                            const bf16_pair a = bf16_pair_of(*(const int32_t *)(ROW(x, m, stride) + 4 * pair));
+                            sum[m][i] = bf16_dot(sum[m][i], a, b.first);
+                            sum[m][SECOND + i] = bf16_dot(sum[m][SECOND + i], a, b.second);
+                        }
+#else
+                        EACH(odd, 2) {
+                            const vf c = odd ? vi_high_bf16(b.first) : vi_low_bf16(b.first);
+                            const vf d = odd ? vi_high_bf16(b.second) : vi_low_bf16(b.second);
+                            EACH(m, rows) {
+                                const vs a = vs_load((const float *)ROW(x, m, stride) + 2 * pair + odd);
+                                sum[m][i] = vs_fma(a, c, sum[m][i]);
+                                sum[m][SECOND + i] = vs_fma(a, d, sum[m][SECOND + i]);
+                            }
+                        }
+#endif
+                    }
+                }
+                if (is_exception) {
+                    plain += AE_COMPACT_EXCEPTION;
+                    exception = (uintptr_t)read->w + (uintptr_t)(*++next - read->unit) * AE_COMPACT_UNIT;
+                }
+                NEXT_ROWS(x, rows, AE_COMPACT_K * X_BYTES);
+            }
+            if (k > 0) w = plain; /* what is left of the last unit */
         }
 #if defined(BF16_DOT)
         for (; k > 0; k -= 2, w += AE_PANEL * 4) {
@@ -147,13 +228,14 @@ typedef void (*tile_fn)(const tile *);
 #define TILE(rows)                                                              \
     static void tile_f32_##rows(const tile *t) { tile_run(t, AE_F32, rows); }   \
     static void tile_bf16_##rows(const tile *t) { tile_run(t, AE_BF16, rows); } \
-    static void tile_f16_##rows(const tile *t) { tile_run(t, AE_F16, rows); }
-#define ENTRY(rows) {tile_f32_##rows, tile_bf16_##rows, tile_f16_##rows},
+    static void tile_f16_##rows(const tile *t) { tile_run(t, AE_F16, rows); }   \
+    static void tile_compact_##rows(const tile *t) { tile_run(t, COMPACT, rows); }
+#define ENTRY(rows) {tile_f32_##rows, tile_bf16_##rows, tile_f16_##rows, tile_compact_##rows},
 
 UP_TO(TILE_ROWS, TILE)
 
 /* By rows - 1 and weight type. */
-static const tile_fn tiles_of[TILE_ROWS][3] = {UP_TO(TILE_ROWS, ENTRY)};
+static const tile_fn tiles_of[TILE_ROWS][4] = {UP_TO(TILE_ROWS, ENTRY)};
 
 #if defined(BF16_DOT)
 /* x [rows, k] as bf16, an odd k padded with a zero; `stride` in elements. */
@@ -163,38 +245,92 @@ static void to_bf16(uint16_t *out, int64_t stride, const float *x, int64_t x_str
 }
 #endif
 
-/* All rows times one block of k of a panel. */
-static void float_piece(tile t, int type, int64_t rows) {
+#if defined(SPREADS)
+/* A compact block as plain bf16. */
+static block plain_block(const block *b, char *to) {
+    const block plain = {.w = to, .k = b->k, .type = AE_BF16};
+    const vi upper = vi_table(b->upper);
+    const int32_t *exception = b->exception;
+    const char *from = b->plain, *w = b->w;
+    int32_t unit = b->unit;
+    int64_t k = b->k;
+    for (; k >= AE_COMPACT_K; k -= AE_COMPACT_K, unit++, w += AE_COMPACT_UNIT, to += AE_COMPACT_EXCEPTION) {
+        EACH(pair, 2) EACH(i, PANEL_VECTORS / 2) {
+            const halves b = compact_halves(w, upper, pair, i);
+            vi_store(to + (pair * PANEL_VECTORS + i) * W * 4, b.first);
+            vi_store(to + (pair * PANEL_VECTORS + PANEL_VECTORS / 2 + i) * W * 4, b.second);
+        }
+        if (unit == *exception) {
+            memcpy(to, from, AE_COMPACT_EXCEPTION);
+            from += AE_COMPACT_EXCEPTION;
+            exception++;
+        }
+    }
+    if (k > 0) memcpy(to, from, AE_COMPACT_EXCEPTION);
+    return plain;
+}
+#endif
+
+/* All rows times a block of a panel; `t` is the tile of all of them. */
+static void float_piece(tile t, const block *b, int64_t rows, const ae_thread *thread) {
     const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    const tile start = t;
+    const char *x = t.x;
+    float *out = t.out;
+    ae_fetch_allow(thread->fetch, b->bytes);
     t.every = FETCH_EVERY * tiles;
+#if defined(SPREADS)
+    block plain;
+    if (b->type == COMPACT && tiles > 1) {
+        t.every = t.every * AE_COMPACT_EXCEPTION / AE_COMPACT_UNIT;
+        plain = plain_block(b, (char *)thread->scratch + AE_SCRATCH - SPREAD_BYTES);
+        b = &plain;
+    }
+#endif
+    t.block = b;
     t.stretch = STRETCH * tiles;
-    ae_fetch_allow(t.fetch, ae_panel_bytes(t.k, type, 0, 0));
     for (int64_t i = 0; i < tiles; i++) {
         const int64_t first = rows * i / tiles, n = rows * (i + 1) / tiles - first;
-        t.x = start.x + first * t.x_stride;
-        t.out = start.out + first * t.out_stride;
-        tiles_of[n - 1][type](&t);
+        t.x = x + first * t.x_stride;
+        t.out = out + first * t.out_stride;
+        tiles_of[n - 1][b->type](&t);
     }
 }
 
-/* A length of blocks that k comes in equal ones of, of at most `most`. Even: pairs are not parted. */
+/* A length of blocks that k comes in equal ones of, of at most `most`. Units of compact weights are not parted. */
 static int64_t block_length(int64_t k, int64_t most) {
     const int64_t blocks = (k + most - 1) / most;
-    return ((k + blocks - 1) / blocks + 1) & ~(int64_t)1;
+    return ((k + blocks - 1) / blocks + 3) & ~(int64_t)3;
 }
 
-/* The block of k from `start` on, of panel p, of a chunk. */
-static tile block_of(const tile *all, const linear *l, int64_t start, int64_t most, int64_t p,
-                     int64_t x_bytes) {
-    tile t = *all;
-    t.x += start * x_bytes;
-    t.w += p * ae_panel_bytes(l->k, l->type, 0, 0) + ae_panel_bytes(start, l->type, 0, 0);
-    t.k = l->k - start < most ? l->k - start : most;
-    t.out += p * AE_PANEL;
-    t.columns -= p * AE_PANEL;
-    t.resume = start > 0;
-    return t;
+/* The block of k from `start` on of a panel. */
+static block block_of(const linear *l, int64_t panel, int64_t start, int64_t most) {
+    block b = {.w = panel_at(l, panel), .k = l->k - start < most ? l->k - start : most, .type = l->type};
+    if (l->compact) {
+        const ae_compact_panel *p = (const ae_compact_panel *)b.w;
+        b.w = ae_compact_units(p);
+        if (p->count >= 0) {
+            b.type = COMPACT;
+            b.unit = (int32_t)(start / AE_COMPACT_K);
+            b.w += b.unit * AE_COMPACT_UNIT;
+            b.bytes = b.k / AE_COMPACT_K * AE_COMPACT_UNIT;
+            b.upper = p->upper;
+            b.exception = p->exception;
+            b.plain = ae_compact_exceptions(p);
+            for (; *b.exception < b.unit; b.exception++) b.plain += AE_COMPACT_EXCEPTION;
+            return b;
+        }
+    }
+    b.w += ae_panel_bytes(start, l->type, 0, 0);
+    b.bytes = ae_panel_bytes(b.k, l->type, 0, 0);
+    return b;
+}
+
+/* What lies before the first block of a panel is fetched at once: it is read out of turn. */
+static void fetch_exceptions(const linear *l, int64_t panel, ae_fetch *fetch) {
+    if (!l->compact) return;
+    const char *start = panel_at(l, panel), *units = ae_compact_units((const ae_compact_panel *)start);
+    ae_fetch_allow(fetch, units - start);
+    for (; start < units; start += 64) __builtin_prefetch(start);
 }
 
 /* What of x a thread converts at a time fits half of its scratch. */
@@ -203,12 +339,11 @@ static tile block_of(const tile *all, const linear *l, int64_t start, int64_t mo
 /* See impl_linear.h. */
 static void float_chunk(linear *l, int64_t row, int64_t rows, int64_t panel, int64_t panels, float *out,
                         int64_t stride, int64_t columns, const ae_thread *thread) {
-    const int64_t k = l->k, panel_bytes = ae_panel_bytes(k, l->type, 0, 0);
+    const int64_t k = l->k;
     int64_t x_bytes = 4;
     int64_t most = rows <= TILE_ROWS ? k : block_length(k, is_small(l) ? BLOCK_K : LARGE_BLOCK_K);
     tile all = {.x = l->x + row * k * 4,
                 .x_stride = k * 4,
-                .w = l->weight + panel * panel_bytes,
                 .out = out,
                 .out_stride = stride,
                 .columns = columns,
@@ -238,29 +373,40 @@ static void float_chunk(linear *l, int64_t row, int64_t rows, int64_t panel, int
     }
 #endif
     if (by_panels) {
-        for (int64_t p = 0; p < panels; p++)
-            for (int64_t start = 0; start < k; start += most)
-                float_piece(block_of(&all, l, start, most, p, x_bytes), l->type, rows);
+        for (int64_t p = 0; p < panels; p++, all.out += AE_PANEL, all.columns -= AE_PANEL) {
+            fetch_exceptions(l, panel + p, thread->fetch);
+            for (int64_t start = 0; start < k; start += most) {
+                const block b = block_of(l, panel + p, start, most);
+                tile t = all;
+                t.x += start * x_bytes;
+                t.resume = start > 0;
+                float_piece(t, &b, rows, thread);
+            }
+        }
         return;
     }
     for (int64_t start = 0; start < k; start += most) {
-        for (int64_t p = 0; p < panels; p++) {
-            tile t = block_of(&all, l, start, most, p, x_bytes);
+        block b = block_of(l, panel, start, most), next = {0};
+        for (int64_t p = 0; p < panels; p++, b = next) {
+            tile t = all;
+            t.x += start * x_bytes;
+            t.resume = start > 0;
+            t.out += p * AE_PANEL;
+            t.columns -= p * AE_PANEL;
 #if defined(BF16_DOT)
             if (convert && !whole) {
-                t.x_stride = ((t.k + 1) & ~(int64_t)1) * 2;
+                t.x_stride = ((b.k + 1) & ~(int64_t)1) * 2;
                 t.x = thread->scratch;
                 if (p == 0)
-                    to_bf16(thread->scratch, t.x_stride / 2, (const float *)all.x + start, k, rows, t.k);
+                    to_bf16(thread->scratch, t.x_stride / 2, (const float *)all.x + start, k, rows, b.k);
             }
 #endif
             /* Each block of a panel is fetched while the one before is multiplied. */
-            const char *next = p + 1 < panels      ? t.w + panel_bytes
-                               : start + most < k ? all.w + ae_panel_bytes(start + most, l->type, 0, 0)
-                                                  : NULL;
-            const int64_t bytes = ae_panel_bytes(t.k, l->type, 0, 0);
-            ae_fetch_begin(thread->fetch, ae_block_of(t.w, bytes), bytes, ae_block_of(next, bytes));
-            float_piece(t, l->type, rows);
+            next = p + 1 < panels      ? block_of(l, panel + p + 1, start, most)
+                   : start + most < k ? block_of(l, panel, start + most, most)
+                                      : (block){0};
+            ae_fetch_begin(thread->fetch, ae_block_of(b.w, b.bytes), b.bytes, ae_block_of(next.w, next.bytes));
+            float_piece(t, &b, rows, thread);
         }
     }
 }
@@ -269,6 +415,9 @@ static void float_chunk(linear *l, int64_t row, int64_t rows, int64_t panel, int
 #undef TILE_ROWS
 #undef BLOCK_K
 #undef LARGE_BLOCK_K
+#undef X_BYTES
+#undef SPREADS
+#undef SPREAD_BYTES
 #undef STRETCH
 #undef TILE
 #undef ENTRY

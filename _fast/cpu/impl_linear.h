@@ -39,7 +39,8 @@ static linear linear_of(const ae_op *op, const ae_step *step) {
                 .n = op->n[0],
                 .k = op->n[1],
                 .type = (int)op->n[2],
-                .group = op->n[4],
+                .group = op->n[4] == AE_COMPACT ? 0 : op->n[4],
+                .compact = op->n[4] == AE_COMPACT,
                 .rounded = (int)op->n[7],
                 .minimum = (int)op->n[5],
                 .converted = -1};
@@ -134,12 +135,11 @@ static int64_t unit_of(const ae_op *op) {
     return op->p[4] && op->n[3] > AE_PANEL ? 2 * op->n[3] / AE_PANEL : 2;
 }
 
-static int64_t panel_bytes_of(const linear *l) { return ae_panel_bytes(l->k, l->type, l->group, l->minimum); }
+/* This thread's panels of a small batch: what is fetched. */
+static int64_t share_bytes(const linear *l, share s) { return panel_at(l, s.stop) - panel_at(l, s.panel); }
 
-/* This thread's panels of a small batch. */
-static ae_region own_region(const linear *l, const cut *c, const ae_thread *thread) {
-    const share s = share_of(l, c, thread->tid, thread);
-    return ae_region_of(l->weight + s.panel * panel_bytes_of(l), (s.stop - s.panel) * panel_bytes_of(l));
+static ae_region share_region(const linear *l, share s) {
+    return ae_region_of(panel_at(l, s.panel), share_bytes(l, s));
 }
 
 /* Cuts the call, has its weights and those of the next one fetched, and its rows prepared. */
@@ -152,9 +152,10 @@ static cut begin_linear(const ae_op *op, linear *l, const ae_step *step, const a
         if (thread->upcoming) {
             const linear after = linear_of(thread->upcoming, step);
             const cut cut_after = cut_linear(&after, unit_of(thread->upcoming), thread);
-            if (is_small(&after)) next = own_region(&after, &cut_after, thread);
+            if (is_small(&after))
+                next = share_region(&after, share_of(&after, &cut_after, thread->tid, thread));
         }
-        ae_fetch_begin(thread->fetch, own_region(l, &c, thread), (s.stop - s.panel) * panel_bytes_of(l), next);
+        ae_fetch_begin(thread->fetch, share_region(l, s), share_bytes(l, s), next);
     }
     if (l->group > 0) prepare_quantized(l, thread);
     return c;
@@ -181,7 +182,7 @@ static void linear_item(linear *l, const item *it, float *out, int64_t stride, i
                      : l->group               ? quantized_chunk
                                               : float_chunk;
 #if defined(AE_LEVEL_AMX)
-    if (l->type == AE_BF16) chunk = tiled_chunk;
+    if (l->type == AE_BF16 && !l->compact) chunk = tiled_chunk;
     if (l->group == AE_WHOLE && it->rows > VNNI_ROWS && (l->type == AE_Q8 || can_spread(l, 1)))
         chunk = tiled_whole_chunk;
 #endif

@@ -1,5 +1,6 @@
 /* One row of a packed weight as floats: embedding tables that share the head's memory. */
 #pragma once
+#include "compact.h"
 #include "impl_rotate.h"
 #include "pack.h"
 #include "simd.h"
@@ -51,18 +52,47 @@ static void unpack_whole(float *out, const char *panel, int lane, int64_t k, int
     rotate_row(out, out, k);
 }
 
+static void unpack_pairs(float *out, const char *panel, int lane, int64_t k) {
+    for (int64_t i = 0; i < k; i++)
+        out[i] = unpacked(panel + ((i / 2 * AE_PANEL + lane) * 2 + i % 2) * 2, AE_BF16);
+}
+
+static void unpack_compact(float *out, const char *start, int lane, int64_t k) {
+    const ae_compact_panel *panel = (const ae_compact_panel *)start;
+    const char *units = ae_compact_units(panel);
+    if (panel->count < 0) {
+        unpack_pairs(out, units, lane, k);
+        return;
+    }
+    const char *plain = ae_compact_exceptions(panel);
+    for (int64_t i = 0; i < k / AE_COMPACT_K * AE_COMPACT_K; i++) {
+        const uint8_t *unit = (const uint8_t *)units + i / AE_COMPACT_K * AE_COMPACT_UNIT;
+        const int64_t pair = i / 2 % 2, number = lane * 2 + i % 2;
+        const int64_t at = number % AE_PANEL / 8 * 16 + number / AE_PANEL * 8 + number % 8;
+        const int choice = unit[128 + at] >> 4 * pair & 15;
+        out[i] = ae_bf16_to_f32((uint16_t)(panel->upper[choice] << 8 | unit[64 * pair + at]));
+    }
+    for (const int32_t *unit = panel->exception; *unit != INT32_MAX; unit++, plain += AE_COMPACT_EXCEPTION) {
+        const int64_t i = (int64_t)*unit * AE_COMPACT_K;
+        unpack_pairs(out + i, plain, lane, k - i < AE_COMPACT_K ? k - i : AE_COMPACT_K);
+    }
+}
+
 /* out[k] = row `row` of a packed [_, k] weight. */
 static void unpack_row(float *out, const char *weight, int64_t row, int64_t k, int type, int64_t group,
                        int minimum) {
-    const char *panel = weight + row / AE_PANEL * ae_panel_bytes(k, type, group, minimum);
     const int64_t lane = row % AE_PANEL;
+    if (group == AE_COMPACT) {
+        unpack_compact(out, ae_compact_at(weight, row / AE_PANEL), (int)lane, k);
+        return;
+    }
+    const char *panel = weight + row / AE_PANEL * ae_panel_bytes(k, type, group, minimum);
     if (ae_is_whole(group)) {
         unpack_whole(out, panel, (int)lane, k, type);
     } else if (type == AE_Q8 || type == AE_Q4) {
         unpack_quantized(out, panel, (int)lane, k, type, group, minimum);
     } else if (type == AE_BF16) {
-        for (int64_t i = 0; i < k; i++)
-            out[i] = unpacked(panel + ((i / 2 * AE_PANEL + lane) * 2 + i % 2) * 2, AE_BF16);
+        unpack_pairs(out, panel, (int)lane, k);
     } else {
         const int64_t size = type == AE_F32 ? 4 : 2;
         for (int64_t i = 0; i < k; i++) out[i] = unpacked(panel + (i * AE_PANEL + lane) * size, type);

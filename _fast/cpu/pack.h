@@ -4,6 +4,7 @@
  * it from front to back once:
  *     f32, f16   [ceil(N/32)][K][32]
  *     bf16       [ceil(N/32)][ceil(K/2)][32][2]      pairs of k side by side; an odd K ends with zeros
+ * (Weights in bf16 may then be made compact: compact.h.)
  * The columns past N in the last panel are never stored by the kernel; their contents do not matter.
  */
 #pragma once

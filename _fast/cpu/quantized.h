@@ -50,6 +50,7 @@
 #define AE_WHOLE (-1)
 #define AE_WHOLE16 (-2)
 #define AE_ROUNDED (-3)
+#define AE_COMPACT (-4) /* of weights of bfloat16: compact.h */
 /* Sums of this many products of 8 bits fit 32, and a row as floats half of a thread's scratch. Of pairs, half. */
 #define AE_MOST_WHOLE ((int64_t)(AE_SCRATCH / 2 / sizeof(float)))
 #define AE_MOST_WHOLE16 (AE_MOST_WHOLE / 2)

@@ -14,6 +14,9 @@
  * vi_quads() puts the bytes of four rows that stand below each other into a lane; vi_store_bytes() stores the two
  * bytes of lanes of 16 bits apart.
  *
+ * vi_choose() takes bytes of a table of sixteen, as vi_table() has it, by numbers below 16. vi_zip_low() and
+ * vi_zip_high() have bytes of a and b take turns: the first and the last eight of every sixteen.
+ *
  * dot() is exact at every level. Without VNNI the bytes are widened to 16 bits, even and odd ones apart: the
  * instruction that multiplies bytes directly would saturate.
  */
@@ -52,6 +55,12 @@ AE_INLINE void vi_store_bytes(uint8_t *high, uint8_t *low, vi a) {
     _mm_storeu_si128((__m128i *)high, _mm512_cvtepi32_epi8(_mm512_srli_epi32(a, 8)));
     _mm_storeu_si128((__m128i *)low, _mm512_cvtepi32_epi8(a));
 }
+AE_INLINE vi vi_table(const uint8_t *p) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p));
+}
+AE_INLINE vi vi_choose(vi table, vi choice) { return _mm512_shuffle_epi8(table, choice); }
+AE_INLINE vi vi_zip_low(vi a, vi b) { return _mm512_unpacklo_epi8(a, b); }
+AE_INLINE vi vi_zip_high(vi a, vi b) { return _mm512_unpackhi_epi8(a, b); }
 AE_INLINE vi vi_low_nibbles(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
 AE_INLINE vi vi_high_nibbles(vi a) { return vi_low_nibbles(_mm512_srli_epi16(a, 4)); }
 AE_INLINE steps steps_of(const uint8_t *p) {
@@ -134,6 +143,12 @@ AE_INLINE void vi_store_bytes(uint8_t *high, uint8_t *low, vi a) {
     _mm_storel_epi64((__m128i *)high, bytes);
     _mm_storel_epi64((__m128i *)low, _mm_unpackhi_epi64(bytes, bytes));
 }
+AE_INLINE vi vi_table(const uint8_t *p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
+}
+AE_INLINE vi vi_choose(vi table, vi choice) { return _mm256_shuffle_epi8(table, choice); }
+AE_INLINE vi vi_zip_low(vi a, vi b) { return _mm256_unpacklo_epi8(a, b); }
+AE_INLINE vi vi_zip_high(vi a, vi b) { return _mm256_unpackhi_epi8(a, b); }
 AE_INLINE vi vi_low_nibbles(vi a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
 AE_INLINE vi vi_high_nibbles(vi a) { return vi_low_nibbles(_mm256_srli_epi16(a, 4)); }
 AE_INLINE steps steps_of(const uint8_t *p) {
@@ -194,6 +209,28 @@ AE_INLINE vi vi_quads(const char *const row[4]) {
 AE_INLINE void vi_store_bytes(uint8_t *high, uint8_t *low, vi a) {
     EACH(i, W) high[i] = (uint8_t)(a[i] >> 8), low[i] = (uint8_t)a[i];
 }
+AE_INLINE vi vi_table(const uint8_t *p) { return vi_load(p); }
+#if defined(AE_LEVEL_NEON)
+AE_INLINE vi vi_choose(vi table, vi choice) { return (vi)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)choice); }
+AE_INLINE vi vi_zip_low(vi a, vi b) { return (vi)vzip1q_u8((uint8x16_t)a, (uint8x16_t)b); }
+AE_INLINE vi vi_zip_high(vi a, vi b) { return (vi)vzip2q_u8((uint8x16_t)a, (uint8x16_t)b); }
+#else
+AE_INLINE vi vi_choose(vi table, vi choice) {
+    vbytes out;
+    EACH(i, 16) out[i] = ((vbytes)table)[((vbytes)choice)[i]];
+    return (vi)out;
+}
+AE_INLINE vi vi_zip_low(vi a, vi b) {
+    vbytes out;
+    EACH(i, 8) out[2 * i] = ((vbytes)a)[i], out[2 * i + 1] = ((vbytes)b)[i];
+    return (vi)out;
+}
+AE_INLINE vi vi_zip_high(vi a, vi b) {
+    vbytes out;
+    EACH(i, 8) out[2 * i] = ((vbytes)a)[8 + i], out[2 * i + 1] = ((vbytes)b)[8 + i];
+    return (vi)out;
+}
+#endif
 AE_INLINE vi vi_low_nibbles(vi a) { return (vi)((vbytes)a & 15); }
 AE_INLINE vi vi_high_nibbles(vi a) { return (vi)((vbytes)a >> 4); }
 AE_INLINE steps steps_of(const uint8_t *p) {

@@ -29,9 +29,23 @@ cdef extern from "cpu/pack.h" nogil:
     int ae_convert(ae_team *team, const ae_source *source, const ae_target *target)
 
 
+cdef extern from "cpu/compact.h" nogil:
+    int64_t ae_compact_most_bytes(int64_t panels, int64_t k)
+    const char *ae_compact_at(const char *weight, int64_t p)
+    int64_t ae_compact(
+        ae_team *team,
+        const char *packed,
+        int64_t k,
+        char *weight,
+        int64_t panels,
+        int64_t first,
+        int64_t count,
+    )
+
+
 cdef extern from "cpu/quantized.h" nogil:
     enum:
-        AE_WHOLE, AE_WHOLE16, AE_ROUNDED
+        AE_WHOLE, AE_WHOLE16, AE_ROUNDED, AE_COMPACT
     int64_t AE_MOST_WHOLE, AE_MOST_WHOLE16
     int64_t ae_row8_bytes(int64_t k, int64_t group)
 
@@ -44,6 +58,7 @@ PANEL = AE_PANEL
 WHOLE = AE_WHOLE
 WHOLE16 = AE_WHOLE16
 ROUNDED = AE_ROUNDED
+COMPACT = AE_COMPACT
 MOST_WHOLE = AE_MOST_WHOLE
 MOST_WHOLE16 = AE_MOST_WHOLE16
 _SOURCE_TYPES = {
@@ -123,9 +138,12 @@ cdef int _weight_type(str dtype, int64_t k, int64_t group, bint minimum) except 
 
 
 def packed_bytes(int64_t n, int64_t k, str dtype not None, int64_t group=0, bint minimum=False):
-    """Bytes of a packed [n, k] weight of type `dtype`: F32, BF16, F16, or Q16, Q8 or Q4 in groups."""
+    """Bytes of a packed [n, k] weight of type `dtype`: F32, BF16, F16, or Q16, Q8 or Q4 in groups. Of BF16 in
+    group COMPACT, the most that it can take; `compact` tells how many it does."""
     if n < 0 or k < 0:
         raise ValueError(f"the shape must not be negative, got [{n}, {k}]")
+    if group == AE_COMPACT and dtype == "BF16":
+        return ae_compact_most_bytes((n + AE_PANEL - 1) // AE_PANEL, k)
     return ae_packed_bytes(n, k, _weight_type(dtype, k, group, minimum), group, minimum)
 
 
@@ -222,6 +240,40 @@ def pack_linear(
         failed = ae_pack(team._team, team._kernels, &source, &target)
     if failed:
         raise RuntimeError(_FORKED)
+
+
+def compact(Team team not None, packed, int64_t n, int64_t k, dst, int64_t first=0, count=None):
+    """Appends panels [first, first + count) to `dst`, a compact [n, k] weight (cpu/compact.h) that has those
+    before; `packed` is these panels as `pack_linear` leaves them in BF16. All of them by default.
+
+    The bytes that `dst` takes so far, of at most `packed_bytes(n, k, "BF16", COMPACT)`.
+    """
+    cdef int64_t panels = (n + AE_PANEL - 1) // AE_PANEL
+    cdef int64_t number = panels - first if count is None else count
+    cdef int64_t nbytes
+    if n < 0 or k < 0 or first < 0 or number < 0 or first + number > panels:
+        raise ValueError(f"panels {first}..{first + number} do not lie in a weight of shape [{n}, {k}]")
+    cdef _View src = _View(packed, False)
+    cdef _View out = _View(dst, True)
+    src.need(ae_packed_bytes(number * AE_PANEL, k, AE_BF16, 0, 0), "the packed panels")
+    out.need(ae_compact_most_bytes(panels, k), "the compact weight")
+    with nogil:
+        nbytes = ae_compact(team._team, <const char *>src.data, k, <char *>out.data, panels, first, number)
+    if nbytes == -2:
+        raise MemoryError("no memory to make a weight compact")
+    if nbytes < 0:
+        raise RuntimeError(_FORKED)
+    return nbytes
+
+
+def compact_bytes(weight, int64_t n):
+    """Bytes that a compact weight of n rows, a buffer or an address, takes."""
+    cdef int64_t panels = (n + AE_PANEL - 1) // AE_PANEL
+    cdef _View data = _View(weight, False)
+    if n < 0:
+        raise ValueError(f"the number of rows must not be negative, got {n}")
+    data.need(4 * (panels + 1), "the compact weight")
+    return ae_compact_at(<const char *>data.data, panels) - <const char *>data.data
 
 
 def convert(

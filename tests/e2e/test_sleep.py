@@ -15,6 +15,7 @@ from asyncengine.wire.stages import Woken
 from .harness import house
 
 MIB = 1 << 20
+WEIGHTS = 185 * MIB  # 135 M of them, of at least 12 bits
 PROMPTS = [f"Number {number} is the number of" for number in range(4)]
 FIELDS = dict(max_tokens=12, temperature=0, ignore_eos=True)
 
@@ -53,8 +54,7 @@ def test_memory_goes_and_comes_back_and_answers_are_the_same(h, level):
         await llm.sleep(level)
         assert llm.is_sleeping and llm.is_healthy
         asleep = resident(llm)
-        # 135 M weights of 2 bytes, too, at the deeper level.
-        assert before - asleep > 2000 * 23_040 * 0.95 + (240 * MIB if level == 2 else 0)
+        assert before - asleep > 2000 * 23_040 * 0.95 + (WEIGHTS if level == 2 else 0)
         await llm.sleep(1)  # nothing more to give
         await llm.wake_up()
         await llm.wake_up()
@@ -74,7 +74,7 @@ def test_deeper_sleep_from_a_light_one(h):
         await h.llm.sleep(1)
         light = resident(h.llm)
         await h.llm.sleep(2)
-        assert light - resident(h.llm) > 240 * MIB
+        assert light - resident(h.llm) > WEIGHTS
         await h.llm.wake_up()
         assert await answers(h.llm) == expected
 

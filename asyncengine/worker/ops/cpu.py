@@ -294,7 +294,7 @@ class Recorder:
         packed = self._place.weights.packed(weight)
         dtype, group, minimum = packed.format
         rounded = self._place.weights.group == ROUNDED
-        rows = ROUNDED if rounded else group
+        rows = ROUNDED if rounded else packed.format.rows
         source = self._quantized(x, rows) if rows else self._read(x)
         if mode is Mode.GATED:
             p4 = out.row8

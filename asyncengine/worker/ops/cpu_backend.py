@@ -65,14 +65,15 @@ class CpuBackend:
         sizes = check_weights(self._model, checkpoint)
         free = available_bytes()
         self._weights = CpuWeights(self.team, parameters, checkpoint, config.dtype, config.quantization)
-        if self._weights.nbytes > free:
+        if self._weights.expected_bytes > free:
             # The mapping itself costs nothing; filling it would call for the kernel's OOM killer.
             raise OutOfMemoryError(
-                f"the weights take {self._weights.nbytes:,} bytes as {config.quantization or config.dtype} on"
-                f" each rank, and {free:,} are free; use quantization='int8' or 'int4', a smaller model, or"
-                " free memory"
+                f"the weights take {self._weights.expected_bytes:,} bytes as"
+                f" {config.quantization or config.dtype} on each rank, and {free:,} are free; use"
+                " quantization='int8' or 'int4', a smaller model, or free memory"
             )
         fill(self._weights, parameters, checkpoint, sizes, progress)
+        self._weights.finish()
         return self._weights.nbytes
 
     def step_bytes(self) -> int:
@@ -139,6 +140,7 @@ class CpuBackend:
             try:
                 sizes = check_weights(self._model, checkpoint)
                 fill(self._weights, list(self._model.parameters()), checkpoint, sizes, progress)
+                self._weights.finish()
             finally:
                 checkpoint.close()
         self._asleep = 0

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from asyncengine._fast.cpu import MOST_WHOLE16, ROUNDED, WHOLE, WHOLE16, source_format
+from asyncengine._fast.cpu import COMPACT, MOST_WHOLE16, ROUNDED, WHOLE, WHOLE16, source_format
 
 from ...checkpoint.spec import DType
 from ...checkpoint.tensor import TensorView
@@ -24,9 +24,15 @@ class WeightFormat(NamedTuple):
     dtype: str
     """F32, BF16, F16, Q16, Q8 or Q4."""
     group: int = 0
-    """Columns that share a scale; 0 in plain types, WHOLE or WHOLE16 where all of a row do, rotated."""
+    """Columns that share a scale; 0 in plain types, WHOLE or WHOLE16 where all of a row do, rotated. COMPACT:
+    none, bfloat16 in fewer bits."""
     minimum: bool = False
     """Whether groups have a minimum beside the scale."""
+
+    @property
+    def rows(self) -> int:
+        """Group size of the quantized rows that linears of this format read; 0 where they read none."""
+        return 0 if self.group == COMPACT else self.group
 
 
 PLAIN: dict[DType, WeightFormat] = {
@@ -38,6 +44,10 @@ PAIRS = WeightFormat("Q16", WHOLE16)
 """Of linears in bfloat16 at PAIRS_LEVELS: 16 bits as well, multiplied as pairs of bytes, and more exact."""
 PAIRS_LEVELS = {"avx512vnni"}
 """Instruction sets without products of bfloat16, and with those of bytes four times as fast as of floats."""
+COMPACTED = WeightFormat("BF16", COMPACT)
+"""Of linears in bfloat16 at COMPACT_LEVELS: the same values in three quarters of the memory."""
+COMPACT_LEVELS = {"avx2", "avxvnni", "avx512", "avx512bf16"}
+"""Instruction sets that find a byte in a table for next to nothing."""
 ROUNDED_LEVELS = {"avx512bf16", "neonbf16"}
 """Instruction sets with products of bfloat16, to which whoever makes activations can round them."""
 FORMATS = {"int8": WeightFormat("Q8", WHOLE), "int4": WeightFormat("Q4", WHOLE)}
@@ -58,8 +68,7 @@ def choose_formats(
     Raises ConfigError where a rank's columns cut through groups, ModelLoadError where codes cannot stay.
     """
     if quantization is None:
-        in_pairs = dtype == "bfloat16" and level in PAIRS_LEVELS
-        return {w: PAIRS if in_pairs and _fits_pairs(w) else PLAIN[dtype] for w in weights}
+        return {weight: _plain(weight, dtype, level) for weight in weights}
     if quantization in FORMATS:
         return {weight: _made(weight, quantization) for weight in weights}
     formats = {weight: _kept([(s, stored(s.name)) for s in _sources(weight)], dtype) for weight in weights}
@@ -71,17 +80,22 @@ def rows_of(formats: Iterable[WeightFormat], level: str) -> int:
     """The rows that the linears of a model read besides float32 ones: the group size of quantized rows, which
     all quantized weights of a model share, or ROUNDED where all weights are in bfloat16; 0: none."""
     formats = list(formats)
-    if level in ROUNDED_LEVELS and all(format == PLAIN["bfloat16"] for format in formats):
+    if level in ROUNDED_LEVELS and all(format.dtype == "BF16" for format in formats):
         return ROUNDED
-    return next((format.group for format in formats if format.group), 0)
+    return next((format.rows for format in formats if format.rows), 0)
+
+
+def _plain(weight: Linear | Embedding, dtype: DType, level: str) -> WeightFormat:
+    if dtype == "bfloat16" and isinstance(weight, Linear):
+        if level in COMPACT_LEVELS:
+            return COMPACTED
+        if level in PAIRS_LEVELS and weight.in_features <= MOST_WHOLE16:
+            return PAIRS
+    return PLAIN[dtype]
 
 
 def _sources(weight: Linear | Embedding) -> tuple[Source, ...]:
     return weight.sources if isinstance(weight, Linear) else (weight.source,)
-
-
-def _fits_pairs(weight: Linear | Embedding) -> bool:
-    return isinstance(weight, Linear) and weight.in_features <= MOST_WHOLE16
 
 
 def _made(weight: Linear | Embedding, quantization: str) -> WeightFormat:
