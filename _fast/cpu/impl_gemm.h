@@ -18,23 +18,27 @@
 #include "simd_int.h"
 #include "tile.h"
 
-/* Rows of the largest tile that fits the registers. */
+/* Rows of the largest tile that fits the registers. Blocks of k for batches of several tiles: of small ones they
+ * share a block of a panel in the L1 cache, and the fewer rows a tile has, the more often it is read; of large ones
+ * the next block is fetched meanwhile. */
 #if defined(AE_LEVEL_AVX512)
 #define TILE_ROWS 12
-#elif defined(AE_LEVEL_AVX2) || defined(AE_LEVEL_NEON)
+#define BLOCK_K 896
+#define LARGE_BLOCK_K 2048
+#else
+#if defined(AE_LEVEL_AVX2) || defined(AE_LEVEL_NEON)
 #define TILE_ROWS 3
 #else
 #define TILE_ROWS 2
 #endif
-
-/* Blocks of k for batches of several tiles, which share a block of a panel in the L1 cache; in large batches
- * it holds the next one too. */
 #define BLOCK_K 512
-#if defined(BF16_DOT)
-#define LARGE_BLOCK_K 512
-#define X_BYTES 2 /* of a number of x that bf16 weights multiply */
-#else
 #define LARGE_BLOCK_K 256
+#endif
+
+/* Bytes of a number of x that bf16 weights multiply. */
+#if defined(BF16_DOT)
+#define X_BYTES 2
+#else
 #define X_BYTES 4
 #endif
 
