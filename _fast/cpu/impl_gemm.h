@@ -8,7 +8,8 @@
  * Levels avx512bf16 and neonbf16, bf16 weights: x is rounded to bf16, unless it comes so, and the processor's dot
  * product of pairs is used, with its own rounding; elsewhere bf16 and f16 weights are widened and everything is
  * float32.
- * At level amx bf16 weights do not come here (impl_amx.h).
+ * Compact weights (compact.h) become bf16 on their way: results are those of plain ones, to the bit.
+ * At level amx plain bf16 weights do not come here (impl_amx.h), and compact ones are multiplied as float32.
  */
 #pragma once
 #include "compact.h"
